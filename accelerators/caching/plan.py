@@ -1,0 +1,304 @@
+"""A plan says, for each step, site and guidance branch, whether a block is computed or its cached offset reused.
+
+It is data, not code: it saves to one safetensors file with JSON metadata and a checksum, and is refused where it does not fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from hasten.accelerators.caching.trace import Trace
+
+FORMAT_VERSION = 1
+ALL_BRANCHES = "*"
+"""The one branch of a plan that treats every guidance branch alike."""
+
+HARD_FACTS = ("model", "config", "steps", "guidance", "scheduler", "order")
+"""What must agree before a plan is carried out."""
+SOFT_FACTS = ("dtype", "resolution")
+"""What is warned of."""
+SIGMA_TOLERANCE = 0.05
+
+
+class Action(IntEnum):
+    """What happens to a site at a step."""
+
+    COMPUTE = 0
+    REUSE = 1
+
+
+class PlanError(ValueError):
+    """A plan is malformed or does not fit; the message says in one line what differs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Steps x sites x guidance branches of actions, and the facts it is bound to.
+
+    Attributes:
+        actions: uint8 [steps, sites, branches] of `Action` ([steps, sites] is taken as one branch). Row k is the k-th executed
+            step; the two calls of a second-order step share a row.
+        sites: Paths of the blocks, in call order.
+        branches: Names of the guidance branches; ("*",) treats all alike.
+        facts: What it is bound to: model, config, steps, and, once it was executed, scheduler, order, guidance, sigmas, dtype,
+            resolution; anything else is kept as a note.
+
+    Raises:
+        PlanError: Shapes disagree, an action is unknown, names repeat, or the facts are no plain data.
+    """
+
+    actions: np.ndarray
+    sites: tuple[str, ...]
+    branches: tuple[str, ...] = (ALL_BRANCHES,)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        actions = np.asarray(self.actions)
+        if actions.ndim == 2:
+            actions = actions[:, :, None]
+        if actions.ndim != 3 or not np.issubdtype(actions.dtype, np.integer):
+            raise PlanError(f"actions must be whole numbers of shape [steps, sites, branches], not {actions.dtype} {actions.shape}")
+        object.__setattr__(self, "sites", tuple(self.sites))
+        object.__setattr__(self, "branches", tuple(self.branches))
+        if actions.shape[1:] != (len(self.sites), len(self.branches)) or actions.shape[0] == 0:
+            raise PlanError(
+                f"actions have shape {actions.shape}, but there are {len(self.sites)} sites and {len(self.branches)} branches "
+                "(and a plan needs at least one step)"
+            )
+        for what, names in (("site", self.sites), ("branch", self.branches)):
+            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+                raise PlanError(f"every {what} of a plan needs a name of its own, not {names}")
+        if len(self.branches) > 1 and ALL_BRANCHES in self.branches:
+            raise PlanError(f"the branch {ALL_BRANCHES!r} means all of them and stands alone, not among {self.branches}")
+        known = [int(action) for action in Action]
+        if not np.isin(actions, known).all():
+            raise PlanError(f"unknown action {int(actions[~np.isin(actions, known)][0])}; known are {[a.name for a in Action]}")
+        actions = np.ascontiguousarray(actions, dtype=np.uint8)
+        actions.setflags(write=False)
+        object.__setattr__(self, "actions", actions)
+        try:
+            facts = json.loads(json.dumps(dict(self.facts), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the facts of a plan must be plain JSON data: {error}") from None
+        facts.setdefault("steps", self.steps)
+        if facts["steps"] != self.steps:
+            raise PlanError(f"the plan has {self.steps} rows, but its facts say {facts['steps']} steps")
+        object.__setattr__(self, "facts", facts)
+
+    @property
+    def steps(self) -> int:
+        """Number of rows."""
+        return int(self.actions.shape[0])
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that change with any action, name or fact."""
+        return self._digest()[:16]
+
+    def _digest(self) -> str:
+        head = json.dumps([self.sites, self.branches, self.facts], sort_keys=True).encode()
+        return hashlib.sha256(head + repr(self.actions.shape).encode() + self.actions.tobytes()).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self._digest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._digest() == other._digest()
+
+    def branch(self, name: str) -> np.ndarray:
+        """The actions [steps, sites] of one branch; a branch that the plan does not know follows its first."""
+        return self.actions[:, :, self.branches.index(name) if name in self.branches else 0]
+
+    @property
+    def computed_fraction(self) -> float:
+        """Share of the cells that are computed."""
+        return float((self.actions == Action.COMPUTE).mean())
+
+    def speedup_bound(self, costs: Trace | tuple[Sequence[float], float]) -> float:
+        """The speed-up if reuse were free: all sites computed at all steps, over what the plan computes.
+
+        Args:
+            costs: A trace with the plan's sites, or (seconds of every site, seconds of everything else per step).
+
+        Raises:
+            PlanError: The trace has other sites.
+        """
+        if isinstance(costs, tuple):
+            seconds, rest = costs
+        else:
+            if costs.sites != self.sites:
+                raise PlanError(f"the plan is for {len(self.sites)} sites such as {self.sites[:1]}, the trace has {costs.sites[:3]}")
+            seconds, rest = costs.costs()
+        computed = float(((self.actions == Action.COMPUTE).mean(axis=(0, 2)) * np.asarray(seconds)).sum()) + rest
+        return (float(sum(seconds)) + rest) / computed if computed > 0 else math.inf
+
+    # ------------------------------------------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to one file; an interrupted write leaves no half file.
+
+        Raises:
+            PlanError: The folder cannot be written to.
+        """
+        target = Path(path)
+        head = {
+            "format_version": FORMAT_VERSION,
+            "sites": self.sites,
+            "branches": self.branches,
+            "facts": self.facts,
+            "digest": self._digest(),
+        }
+        data = safetensors.numpy.save({"actions": self.actions}, metadata={"hasten_plan": json.dumps(head)})
+        try:
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as scratch:
+                scratch.write(data)
+            os.replace(scratch.name, target)
+        except OSError as error:
+            raise PlanError(f"cannot write the plan to {target}: {error.strerror or error}") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            PlanError: The file is missing, truncated, no plan, of another format version, or was altered.
+        """
+        try:
+            with safetensors.safe_open(str(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                keys = set(file.keys())
+                actions = file.get_tensor("actions") if "actions" in keys else None
+        except FileNotFoundError:
+            raise PlanError(f"there is no plan file {path}") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PlanError(f"{path} cannot be read as a plan (truncated, or not a safetensors file): {error}") from None
+        try:
+            head = json.loads(metadata["hasten_plan"])
+        except (KeyError, json.JSONDecodeError):
+            raise PlanError(f"{path} is a safetensors file but holds no hasten plan") from None
+        if not isinstance(head, dict) or head.get("format_version") != FORMAT_VERSION:
+            found = head.get("format_version") if isinstance(head, dict) else None
+            raise PlanError(f"{path} has plan format version {found}, this hasten reads version {FORMAT_VERSION}")
+        if keys != {"actions"} or not {"sites", "branches", "facts", "digest"} <= head.keys():
+            raise PlanError(f"{path} was altered: it does not hold exactly what a plan holds")
+        try:
+            plan = cls(actions, tuple(head["sites"]), tuple(head["branches"]), head["facts"])
+        except (PlanError, TypeError, ValueError) as error:
+            raise PlanError(f"{path} was altered: {error}") from None
+        if plan._digest() != head["digest"]:
+            raise PlanError(f"{path} was altered: its content does not match its checksum")
+        return plan
+
+    # ---------------------------------------------------------------------------------------------------- binding
+
+    def check(self, facts: Mapping[str, Any]) -> list[str]:
+        """Compares the facts the plan is bound to with those of a run, as far as both are known.
+
+        Returns:
+            Warnings: sigmas off by more than 5%, another dtype or resolution.
+
+        Raises:
+            PlanError: The model, its config, the scheduler or its order, the number of steps or the guidance layout differ.
+        """
+        for name in HARD_FACTS:
+            if name in self.facts and name in facts and self.facts[name] != facts[name]:
+                raise PlanError(f"the plan is for {name} {self.facts[name]!r}, this run has {facts[name]!r}")
+        warnings = [
+            f"the plan was made for {name} {self.facts[name]!r}, this run has {facts[name]!r}"
+            for name in SOFT_FACTS
+            if name in self.facts and name in facts and self.facts[name] != facts[name]
+        ]
+        if self.facts.get("sigmas") and facts.get("sigmas"):
+            mine, theirs = np.asarray(self.facts["sigmas"]), np.asarray(facts["sigmas"])
+            off = np.abs(mine - theirs) / np.maximum(np.abs(mine), 1e-8) if mine.shape == theirs.shape else np.ones(1)
+            if off.max() > SIGMA_TOLERANCE:
+                warnings.append(f"the plan's noise levels differ from this run's by up to {100 * off.max():.0f}%")
+        return warnings
+
+    # ---------------------------------------------------------------------------------------------------- looking
+
+    def diff(self, other: Plan) -> str:
+        """What differs between two plans, in lines for people; empty if nothing does."""
+        lines = [
+            f"{name}: {self.facts.get(name)!r} -> {other.facts.get(name)!r}"
+            for name in sorted({*self.facts, *other.facts})
+            if self.facts.get(name) != other.facts.get(name)
+        ]
+        for what, mine, theirs in (("sites", self.sites, other.sites), ("branches", self.branches, other.branches)):
+            if mine != theirs:
+                lines.append(f"{what}: {len(mine)} ({', '.join(mine[:3])} ...) -> {len(theirs)} ({', '.join(theirs[:3])} ...)")
+        if self.actions.shape == other.actions.shape:
+            steps, sites, branches = np.nonzero(self.actions != other.actions)
+            for k, s, b in zip(steps[:20], sites[:20], branches[:20], strict=True):
+                old, new = (Action(p.actions[k, s, b]).name for p in (self, other))
+                branch = "" if self.branches == (ALL_BRANCHES,) else f" ({self.branches[b]})"
+                lines.append(f"step {k}, {self.sites[s]}{branch}: {old} -> {new}")
+            if len(steps) > 20:
+                lines.append(f"... and {len(steps) - 20} more of {self.actions.size} cells")
+        else:
+            lines.append(f"actions: {self.actions.shape} -> {other.actions.shape}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        head = f"plan {self.hash}: {self.steps} steps x {len(self.sites)} sites, {100 * self.computed_fraction:.1f}% computed"
+        if self.facts.get("method"):
+            head += f", {self.facts['method']}"
+        lines = [head, "rows are steps, columns are sites in call order; # computed, . reused"]
+        for b, name in enumerate(self.branches):
+            if name != ALL_BRANCHES:
+                lines.append(f"branch {name}")
+            lines += [f"{k:4d} " + "".join("#."[cell] for cell in row) for k, row in enumerate(self.actions[:, :, b])]
+        if self.sites:
+            lines.append(f"     from {self.sites[0]} to {self.sites[-1]}")
+        return "\n".join(lines)
+
+    def plot(self, target: str | os.PathLike[str] | Axes | None = None, title: str | None = None) -> Axes:
+        """Draws the plan as a heat map: one column a step, one row a site.
+
+        Args:
+            target: A file to write (PNG, SVG, PDF), axes to draw on, or None for new axes.
+            title: Above the picture; the plan's method and its computed fraction unless told.
+        """
+        from matplotlib.axes import Axes as AxesType
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
+        colours = {Action.COMPUTE: "#1f5fa8", Action.REUSE: "#f2c879"}
+        if isinstance(target, AxesType):
+            axes = target
+        else:
+            axes = Figure(figsize=(max(4.0, 0.16 * self.steps + 2), max(2.2, 0.14 * len(self.sites) + 1.4)), layout="constrained").subplots()
+        picture = np.concatenate([self.actions[:, :, b].T for b in range(len(self.branches))])
+        axes.imshow(picture, cmap=ListedColormap(list(colours.values())), vmin=0, vmax=len(colours) - 1, aspect="auto", interpolation="nearest")
+        for b in range(1, len(self.branches)):
+            axes.axhline(b * len(self.sites) - 0.5, color="white", linewidth=2)
+        axes.set_xlabel("step")
+        axes.set_ylabel("block" if self.branches == (ALL_BRANCHES,) else "block, per branch: " + ", ".join(self.branches))
+        axes.set_title(title or f"{self.facts.get('method', 'plan')}: {100 * self.computed_fraction:.0f}% computed", fontsize=9)
+        axes.legend(
+            handles=[Patch(color=colour, label=action.name.lower()) for action, colour in colours.items()],
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+            fontsize=7,
+            frameon=False,
+        )
+        if isinstance(target, str | os.PathLike):
+            axes.figure.savefig(target, dpi=120)
+        return axes

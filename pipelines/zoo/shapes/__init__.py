@@ -1,0 +1,48 @@
+"""The `shapes` world: captions whose truth can be read back from the pixels, a renderer, and an exact verifier."""
+
+from hasten.pipelines.zoo.shapes.verifier import Findings, ShapesVerdict, find, verify
+from hasten.pipelines.zoo.shapes.world import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRIPLES,
+    MAX_OBJECTS,
+    PALETTE,
+    RELATIONS,
+    RESOLUTION,
+    SHAPES,
+    SIZES,
+    Caption,
+    Scenes,
+    Thing,
+    coverage,
+    parse,
+    place,
+    render,
+    sample_scenes,
+    scenes_of,
+)
+
+__all__ = [
+    "COLOURS",
+    "HELD_OUT_PAIRS",
+    "HELD_OUT_TRIPLES",
+    "MAX_OBJECTS",
+    "PALETTE",
+    "RELATIONS",
+    "RESOLUTION",
+    "SHAPES",
+    "SIZES",
+    "Caption",
+    "Findings",
+    "Scenes",
+    "ShapesVerdict",
+    "Thing",
+    "coverage",
+    "find",
+    "parse",
+    "place",
+    "render",
+    "sample_scenes",
+    "scenes_of",
+    "verify",
+]

@@ -1,0 +1,72 @@
+"""hasten makes an existing diffusers pipeline faster, or better for the same compute, without forking it.
+
+    import hasten
+
+    fast = hasten.accelerate(pipe, hasten.DeltaDiT(interval=2, cached=0.75, boundary=0.5))
+    image = fast("a red circle left of a blue square").images[0]
+    print(fast.report)
+
+This module only re-exports: every public name lives in `hasten.accelerators` or `hasten.pipelines` and is imported when it
+is first used, so that `import hasten` costs nothing.
+"""
+
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+
+# In an installed wheel the sub-packages lie beside this file. In a source checkout they are the repository's own top-level
+# folders (accelerators/, pipelines/, app/, ...): look there too.
+_root = _Path(__file__).resolve().parents[2]
+if (_root / "pyproject.toml").is_file() and (_root / "accelerators").is_dir():
+    __path__.append(str(_root))
+
+from hasten._version import __version__  # noqa: E402
+
+if TYPE_CHECKING:
+    from hasten.accelerators.caching.delta_dit import DeltaDiT
+    from hasten.accelerators.caching.plan import Action, Plan, PlanError
+    from hasten.accelerators.caching.report import RunReport
+    from hasten.accelerators.caching.runtime import attach
+    from hasten.accelerators.caching.trace import Trace, trace
+    from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain
+
+__all__ = [
+    "AcceleratedPipeline",
+    "Action",
+    "DeltaDiT",
+    "Plan",
+    "PlanError",
+    "RunReport",
+    "Trace",
+    "__version__",
+    "accelerate",
+    "attach",
+    "explain",
+    "trace",
+]
+
+_HOME = {
+    "AcceleratedPipeline": "hasten.pipelines.accelerated",
+    "Action": "hasten.accelerators.caching.plan",
+    "DeltaDiT": "hasten.accelerators.caching.delta_dit",
+    "Plan": "hasten.accelerators.caching.plan",
+    "PlanError": "hasten.accelerators.caching.plan",
+    "RunReport": "hasten.accelerators.caching.report",
+    "Trace": "hasten.accelerators.caching.trace",
+    "accelerate": "hasten.pipelines.accelerated",
+    "attach": "hasten.accelerators.caching.runtime",
+    "explain": "hasten.pipelines.accelerated",
+    "trace": "hasten.accelerators.caching.trace",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hasten' has no attribute {name!r}")
+    value = getattr(_import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
