@@ -43,8 +43,8 @@ test-all: $(STAMP)  ## run every test, those that install packages or take minut
 # shown a folder of links in which `hasten` looks as it does when installed.
 types:
 	@rm -rf build/types && mkdir -p build/types/hasten
-	@ln -s $(CURDIR)/src/hasten/* build/types/hasten/
-	@for name in $(SUBPACKAGES); do if [ -d $$name ]; then ln -s $(CURDIR)/$$name build/types/hasten/$$name; fi; done
+	@ln -s "$(CURDIR)"/src/hasten/* build/types/hasten/
+	@for name in $(SUBPACKAGES); do if [ -d $$name ]; then ln -s "$(CURDIR)/$$name" build/types/hasten/$$name; fi; done
 
 lint: $(STAMP) types  ## check style, format and types
 	$(BIN)/ruff check .

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.plan import Action, Plan, PlanError
     from hasten.accelerators.caching.report import RunReport
     from hasten.accelerators.caching.runtime import attach
-    from hasten.accelerators.caching.trace import Trace, trace
-    from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain
+    from hasten.accelerators.caching.trace import Trace
+    from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain, trace
 
 __all__ = [
     "AcceleratedPipeline",
@@ -56,7 +56,7 @@ _HOME = {
     "accelerate": "hasten.pipelines.accelerated",
     "attach": "hasten.accelerators.caching.runtime",
     "explain": "hasten.pipelines.accelerated",
-    "trace": "hasten.accelerators.caching.trace",
+    "trace": "hasten.pipelines.accelerated",
 }
 
 

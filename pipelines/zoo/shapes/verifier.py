@@ -238,14 +238,14 @@ class ShapesVerdict:
         return "\n".join(lines)
 
 
-def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 256) -> ShapesVerdict:
+def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 32) -> ShapesVerdict:
     """Judges pictures of the shapes world.
 
     Args:
         images: Tensor [N, 3, 64, 64] or numpy array [N, 64, 64, 3], in [0, 1] or uint8; or a sequence of PIL images or of such
             tensors and arrays without their first axis. A picture with a value that is not finite is judged as wrong.
         captions: What each should show, N of them.
-        batch: Pictures measured at a time.
+        batch: Pictures measured at a time; 32 stay in a core's cache, which makes it the fastest.
 
     Raises:
         ValueError: Wrong shape or range, not one caption for each picture, or a caption that is none of this world.
@@ -259,7 +259,7 @@ def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 25
     return _judge(_find(pictures, batch), parsed)
 
 
-def find(images: Images, *, batch: int = 256) -> Findings:
+def find(images: Images, *, batch: int = 32) -> Findings:
     """What is in the pictures, with no caption to compare with; arguments and errors as in `verify`."""
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -283,10 +283,9 @@ def _pictures(images: Images) -> Tensor:
     else:
         pictures = torch.cat([_pictures(_one(image)) for image in images])
     if pictures.shape[1:] != (3, RESOLUTION, RESOLUTION):
-        raise ValueError(
-            f"images has shape {tuple(images.shape) if isinstance(images, Tensor | np.ndarray) else tuple(pictures.shape)}; the shapes world "
-            f"needs tensors [N, 3, {RESOLUTION}, {RESOLUTION}] or arrays [N, {RESOLUTION}, {RESOLUTION}, 3]"
-        )
+        given = tuple(images.shape if isinstance(images, Tensor | np.ndarray) else pictures.shape)
+        side = f"{RESOLUTION}, {RESOLUTION}"
+        raise ValueError(f"images has shape {given}; the shapes world needs tensors [N, 3, {side}] or arrays [N, {side}, 3]")
     if pictures.dtype == torch.uint8:
         pictures = pictures.float() / 255
     elif not pictures.is_floating_point():
@@ -376,7 +375,7 @@ def _widen(maps: Tensor, by: int) -> Tensor:
 
 def _components(mask: Tensor) -> Tensor:
     """Labels 1.. of the 8-connected components of [N, 1, H, W] masks, 0 elsewhere: each has its highest pixel's number."""
-    label = torch.arange(1, mask[0].numel() + 1).view(1, *mask.shape[1:]) * mask
+    label = torch.arange(1, math.prod(mask.shape[1:]) + 1).view(1, *mask.shape[1:]) * mask
     while True:
         spread = (_widen(label, 1) * mask).flatten(1)
         # Each pixel jumps to the label that the pixel it is named after has by now: distances double at every round.

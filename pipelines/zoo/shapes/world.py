@@ -137,7 +137,7 @@ def parse(text: str) -> Caption:
 class Scenes(NamedTuple):
     """A batch of scenes as tensors; entries of objects beyond `count` are meaningless."""
 
-    count: Tensor  # [B] 1..3
+    count: Tensor  # type: ignore[assignment]  # [B] 1..3; it hides tuple.count, which nobody needs here
     shape: Tensor  # [B, 3] index into SHAPES
     colour: Tensor  # [B, 3] index into COLOURS
     size: Tensor  # [B, 3] index into SIZES
@@ -150,9 +150,7 @@ class Scenes(NamedTuple):
         out = []
         rows = zip(*(field.tolist() for field in self[:6]), strict=True)
         for count, shape, colour, size, said, relation in rows:
-            things = tuple(
-                Thing(SHAPES[shape[i]], COLOURS[colour[i]], SIZES[size[i]] if said[i] else None) for i in range(count)
-            )
+            things = tuple(Thing(SHAPES[shape[i]], COLOURS[colour[i]], SIZES[size[i]] if said[i] else None) for i in range(count))
             out.append(Caption(things, tuple(RELATIONS[r] for r in relation[: count - 1])))
         return out
 
@@ -220,7 +218,7 @@ def sample_scenes(
         size = index(2, 3)
         radius = torch.tensor(RADIUS)[size][..., None] + MARGIN
         return Scenes(
-            count=torch.multinomial(torch.tensor(counts), m, replacement=True, generator=generator) + 1,
+            count=torch.multinomial(torch.tensor(counts, dtype=torch.float32), m, replacement=True, generator=generator) + 1,
             shape=index(len(SHAPES), 3),
             colour=index(len(COLOURS), 3),
             size=size,
@@ -260,7 +258,7 @@ def place(scenes: Scenes, generator: torch.Generator) -> Scenes:
     while len(todo):
         low = radius[todo].repeat_interleave(tries, 0)
         candidate = low + torch.rand(len(low), MAX_OBJECTS, 2, generator=generator) * (RESOLUTION - 2 * low)
-        rows = Scenes(*(field[todo].repeat_interleave(tries, 0) for field in scenes[:6]), candidate)
+        rows = Scenes._make((*(field[todo].repeat_interleave(tries, 0) for field in scenes[:6]), candidate))
         ok = _allowed(rows).view(-1, tries)
         first = ok.int().argmax(1)
         found = ok.any(1)

@@ -1,0 +1,387 @@
+"""What every benchmark shares: the machine, interleaved timing, paired statistics, and the writers of JSON and Markdown.
+
+Variants take turns within one process and are compared as ratios of neighbouring runs, so that what the machine does beside
+(another job, a change of clock) falls on all of them alike. Absolute times mean something on one machine only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hasten._version import __version__
+
+Cell = str | float | int | None
+"""What stands in a table."""
+
+
+class BenchError(ValueError):
+    """A benchmark cannot be run as asked; the message is one line that names what is wrong."""
+
+
+# ------------------------------------------------------------------------------------------------------------ surroundings
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on: processor, cores this process may use, torch's threads, memory, system, and how busy it was.
+
+    No host name, user or path: the numbers are published.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    if hasattr(os, "getloadavg"):
+        found["load_at_start"] = round(os.getloadavg()[0], 2)
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of hasten, Python and the packages that decide how fast it is."""
+    found = {"hasten": __version__, "python": platform.python_version()}
+    for name in ("torch", "diffusers", "transformers", "numpy"):
+        found[name] = metadata.version(name)
+    return found
+
+
+def results_page(name: str) -> Path | None:
+    """`docs/results/NAME.md` of the source checkout this file lies in, or None where it is installed."""
+    root = Path(__file__).resolve().parents[1]
+    return root / "docs" / "results" / f"{name}.md" if (root / "pyproject.toml").is_file() else None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on stderr, so that stdout has nothing but results."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
+
+
+# ------------------------------------------------------------------------------------------------------------------ timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run: seconds of the part that is compared, and of the whole call around it."""
+
+    seconds: float
+    call_seconds: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the same work.
+
+    Attributes:
+        run: Does it for the given round and says how long it took; anything else it makes, it keeps itself.
+        rounds: Takes part in the first so many rounds only; None in all.
+    """
+
+    name: str
+    run: Callable[[int], Timing]
+    rounds: int | None = None
+
+
+def interleave(
+    variants: Sequence[Variant],
+    rounds: int,
+    *,
+    least: int | None = None,
+    deadline: float | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, list[Timing]]:
+    """Runs all variants once a round, every other round in reverse, so that none is always the first or the last.
+
+    Args:
+        rounds: How many rounds.
+        least: Rounds that are made even after the deadline; all of them unless told.
+        deadline: `time.monotonic()` after which no further round begins.
+        done: Called after each run.
+
+    Returns:
+        For each variant its timings by round.
+    """
+    least = rounds if least is None else least
+    timings: dict[str, list[Timing]] = {variant.name: [] for variant in variants}
+    for r in range(rounds):
+        if r >= least and deadline is not None and time.monotonic() > deadline:
+            break
+        for variant in variants if r % 2 == 0 else variants[::-1]:
+            if variant.rounds is None or r < variant.rounds:
+                timings[variant.name].append(variant.run(r))
+                done()
+    return timings
+
+
+def paired_ratios(
+    base: Callable[[], float],
+    others: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    least: int = 6,
+    width: float = 0.0,
+    deadline: float | None = None,
+    done: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """How much longer each of `others` takes than `base`, from many short runs: for differences of a percent or less.
+
+    A round runs all of them and then all again in reverse (A B C C B A), which cancels a steady drift; who begins rotates.
+    The first run of each is thrown away.
+
+    Args:
+        base, others: Do the work and return its seconds.
+        rounds: Most rounds.
+        least: Fewest rounds, whatever the deadline says.
+        width: Stops early once the 95% interval of every median is at most this wide (never for what the median is).
+        deadline: `time.monotonic()` after which no further round begins.
+        done: Called after each round.
+
+    Returns:
+        For each of `others` one ratio a round.
+    """
+    runs = {"": base, **others}
+    names = list(runs)
+    for run in runs.values():
+        run()
+    ratios: dict[str, list[float]] = {name: [] for name in others}
+    for r in range(rounds):
+        if r >= least:
+            spans = [high - low for low, high in map(median_interval, ratios.values())]
+            if max(spans) <= width or (deadline is not None and time.monotonic() > deadline):
+                break
+        shift = r % len(names)
+        order = names[shift:] + names[:shift]
+        spent = dict.fromkeys(names, 0.0)
+        for name in order + order[::-1]:
+            spent[name] += runs[name]()
+        for name in others:
+            ratios[name].append(spent[name] / spent[""])
+        done()
+    return ratios
+
+
+# -------------------------------------------------------------------------------------------------------------- statistics
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval for the median from order statistics: holds whatever the distribution is.
+
+    With fewer than six values no interval reaches 95%; then it is their whole range.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if not values:
+        raise ValueError("values is empty: there is no median")
+    ordered, n = sorted(values), len(values)
+    tail, skip = 0.5**n, 0
+    # Skipping one more value at each end leaves the median outside with twice the binomial tail.
+    while skip + 1 < (n + 1) // 2 and 2 * (tail + math.comb(n, skip + 1) * 0.5**n) <= 1 - confidence:
+        skip += 1
+        tail += math.comb(n, skip) * 0.5**n
+    skip = skip + 1 if 2 * tail <= 1 - confidence and skip + 1 < n - skip - 1 else skip
+    return ordered[skip], ordered[n - 1 - skip]
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% interval of a rate: `right` of `n` (Wilson's score interval)."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two rates with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Difference:
+    """By how much the rate of `after` exceeds that of `before`, on the same items in the same order.
+
+    The interval is Wald's with half an item added to each cell of the 2 x 2 table (Agresti and Min, 2005), so that it has a width
+    also where no item changed.
+
+    Raises:
+        ValueError: The sequences are empty or of different length.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"before and after must have the same length, at least 1; they have {len(before)} and {len(after)}")
+    gained = sum(1 for b, a in zip(before, after, strict=True) if a and not b)
+    lost = sum(1 for b, a in zip(before, after, strict=True) if b and not a)
+    n, up, down = len(before) + 2.0, gained + 0.5, lost + 0.5
+    centre = (up - down) / n
+    half = 1.959964 * math.sqrt(max(0.0, up + down - (up - down) ** 2 / n)) / n
+    value = (gained - lost) / len(before)
+    return Difference(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What an issue demands, and what was measured."""
+
+    name: str
+    value: float
+    limit: float
+    holds: bool
+    note: str
+
+    @classmethod
+    def at_most(cls, name: str, value: float, limit: float, note: str = "") -> Bar:
+        """Holds where `value` is `limit` or less."""
+        return cls(f"{name}, at most", value, limit, value <= limit, note)
+
+    @classmethod
+    def at_least(cls, name: str, value: float, limit: float, note: str = "") -> Bar:
+        """Holds where `value` is `limit` or more."""
+        return cls(f"{name}, at least", value, limit, value >= limit, note)
+
+
+@dataclass
+class Results:
+    """All that a benchmark found.
+
+    Attributes:
+        rows: One for each model and variant; plain data.
+        bars: One for each bar of the issue, computed from the rows and the settings' measurements.
+        settings: What it was run with, so that it can be run again.
+    """
+
+    name: str
+    quick: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=machine)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a value that is not finite (the PSNR of identical pictures) becomes None."""
+        return {
+            "name": self.name,
+            "quick": self.quick,
+            "machine": self.machine,
+            "versions": self.versions,
+            "settings": self.settings,
+            "rows": [_finite(row) for row in self.rows],
+            "bars": [_finite(asdict(bar)) for bar in self.bars],
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Writes the results; an interrupted write leaves no half file."""
+        write_text(path, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    @property
+    def all_hold(self) -> bool:
+        """Whether every bar holds."""
+        return all(bar.holds for bar in self.bars)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def check_target(path: Path | None, argument: str) -> None:
+    """Finds out before hours of work whether a file can be written.
+
+    Raises:
+        BenchError: Its folder does not exist and cannot be made, is not writable, or the path is a folder.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise BenchError(f"{argument} must be a file, but {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BenchError(f"{argument} cannot be written: {path} ({error.strerror})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as scratch:
+        try:
+            scratch.write(text)
+            scratch.close()
+            os.chmod(scratch.name, 0o644)  # temporary files are made for their owner alone
+            os.replace(scratch.name, path)
+        except BaseException:
+            os.unlink(scratch.name)
+            raise
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads well in a terminal too. The first column is flush left, the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def bars_table(bars: Sequence[Bar]) -> str:
+    """The bars as a table."""
+    rows = [(bar.name, f"{bar.value:.4g}", f"{bar.limit:g}", "yes" if bar.holds else "NO", bar.note) for bar in bars]
+    return table(("bar", "measured", "limit", "holds", "note"), rows)
+
+
+def surroundings(results: Results) -> str:
+    """Machine and versions as Markdown lines."""
+    m = results.machine
+    parts = [m["processor"], f"{m['cores']} cores", f"{m['threads']} torch threads"]
+    if "memory_gib" in m:
+        parts.append(f"{m['memory_gib']:g} GiB")
+    parts.append(m["system"])
+    if "load_at_start" in m:
+        parts.append(f"load {m['load_at_start']:g} at the start")
+    return f"Machine: {', '.join(parts)}.\n\nVersions: {', '.join(f'{name} {version}' for name, version in results.versions.items())}."
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and greatest."""
+    return statistics.median(values), min(values), max(values)
