@@ -48,7 +48,7 @@ def intercept(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
 
     Interceptions nest: an inner one hides an outer one of the same module. Nothing is left on the modules afterwards.
     """
-    installed: list[nn.Module] = []
+    installed: list[tuple[nn.Module, _Dispatch]] = []
     token = _LISTENING.set({**(_LISTENING.get() or {}), **{id(module): handler for module, handler in handlers.items()}})
     try:
         with _INSTALLING:
@@ -58,15 +58,15 @@ def intercept(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
                     # The instance's own dictionary, since a compiled module forwards plain attributes to its original.
                     slot = module.__dict__[_SLOT] = _Dispatch(module, slot)
                 slot.users += 1
-                installed.append(module)
+                installed.append((module, slot))
         yield
     finally:
         _LISTENING.reset(token)
         with _INSTALLING:
-            for module in installed:
-                slot = module.__dict__[_SLOT]
+            for module, slot in installed:
                 slot.users -= 1
-                if slot.users == 0:
+                # Whoever compiled the module meanwhile has put another callable there, which stays.
+                if slot.users == 0 and module.__dict__.get(_SLOT) is slot:
                     if slot.previous is None:
                         del module.__dict__[_SLOT]
                     else:
@@ -78,4 +78,5 @@ def compiled_whole(module: nn.Module) -> bool:
     slot = module.__dict__.get(_SLOT)
     if isinstance(slot, _Dispatch):
         slot = slot.previous
-    return slot is not None or hasattr(module, "_orig_mod")
+    # `module.compile()`, `torch.compile(module)`, `module.forward = torch.compile(module.forward)`
+    return slot is not None or hasattr(module, "_orig_mod") or hasattr(module.forward, "_torchdynamo_orig_callable")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,51 @@ from torch import Tensor
 from hasten.accelerators.caching.trace import Position, version_of
 
 
-@dataclass
-class _Seen:
-    """What a branch was called with when it was first seen. Holding the tensors keeps their memory from being reused."""
+class Sighting(NamedTuple):
+    """The branch of a call; a reason not to reuse anything in it, or None; whether what is stored for the branch no longer holds."""
 
     name: str
-    tensors: dict[Position, tuple[Tensor, int | None]]
+    doubt: str | None = None
+    stale: bool = False
+
+
+@dataclass
+class _Given:
+    """A conditioning tensor. Holding it keeps its memory from being reused.
+
+    `constant` once the very same tensor was given again: such a tensor does not change from step to step, unless somebody changes
+    the conditioning.
+    """
+
+    tensor: Tensor
+    version: int | None
+    permuted: Tensor | None = None
+    constant: bool = False
+
+    def identical(self, now: Tensor) -> bool:
+        """Whether it is the same memory, unchanged. In inference mode torch keeps no version, so nothing is certain there."""
+        tensor = self.tensor
+        return (
+            self.version is not None
+            and version_of(now) == self.version
+            and tensor.data_ptr() == now.data_ptr()
+            and (tensor.shape, tensor.stride(), tensor.dtype) == (now.shape, now.stride(), now.dtype)
+        )
+
+    def equal(self, now: Tensor) -> bool:
+        return self.identical(now) or any(
+            (kept.shape, kept.dtype, kept.device) == (now.shape, now.dtype, now.device) and bool(torch.equal(kept, now))
+            for kept in (self.tensor, self.permuted)
+            if kept is not None
+        )
+
+
+@dataclass
+class _Seen:
+    """What a branch was called with when it was first seen."""
+
+    name: str
+    given: dict[Position, _Given]
     plain: tuple[Any, ...]
 
 
@@ -44,24 +83,6 @@ def _flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[Pos
     return tensors, tuple(plain)
 
 
-def _identical(seen: tuple[Tensor, int | None], now: Tensor) -> bool:
-    """Whether it is the same memory, unchanged. In inference mode torch keeps no version, so nothing is certain there."""
-    tensor, version = seen
-    return (
-        version is not None
-        and version_of(now) == version
-        and tensor.data_ptr() == now.data_ptr()
-        and (tensor.shape, tensor.stride(), tensor.dtype) == (now.shape, now.stride(), now.dtype)
-    )
-
-
-def _equal(seen: tuple[Tensor, int | None], now: Tensor) -> bool:
-    tensor = seen[0]
-    if tensor.shape != now.shape or tensor.dtype != now.dtype or tensor.device != now.device:
-        return False
-    return _identical(seen, now) or bool(torch.equal(tensor, now))
-
-
 class Branches:
     """Names the branches of one run.
 
@@ -69,46 +90,73 @@ class Branches:
     """
 
     def __init__(self) -> None:
-        self._seen: list[_Seen] = []
+        self._seen: dict[str, _Seen] = {}
         self.order: list[str] = []
 
     def name(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, latents: Position, context: str | None, learning: bool
-    ) -> tuple[str, str | None]:
-        """The branch of this call, and the reason if that is ambiguous.
+    ) -> Sighting:
+        """The branch of this call.
 
         Args:
             latents: Where the latents stand; they are no conditioning.
             context: Name of the `cache_context` that is entered, if any.
             learning: Whether this is still the run's first step, where every call is a branch of its own.
         """
-        if context is not None:
-            if context not in self.order:
-                self.order.append(context)
-            return context, None
         tensors, plain = _flatten(args, kwargs)
         tensors.pop(latents, None)
         tensors = {key: tensor for key, tensor in tensors.items() if tensor.ndim >= 2}  # a timestep per sample tells nothing
+        if context is not None:
+            if context not in self._seen:
+                return Sighting(self._new(tensors, plain, context))
+            return self._check(self._seen[context], tensors, plain)
         if learning:
-            return self._new(tensors, plain), None
-        fitting = [seen for seen in self._seen if seen.plain == plain]
+            return Sighting(self._new(tensors, plain))
+        fitting = [seen for seen in self._seen.values() if seen.plain == plain]
+        best, matches = 0, fitting
         # Identity first: it costs nothing. Values only where identity does not decide.
-        for same in (_identical, _equal):
-            scores = [sum(same(entry, tensors[key]) for key, entry in seen.tensors.items() if key in tensors) for seen in fitting]
+        for same in (_Given.identical, _Given.equal):
+            scores = [sum(same(given, tensors[key]) for key, given in seen.given.items() if key in tensors) for seen in fitting]
             best = max(scores, default=0)
-            matches = [seen.name for seen, score in zip(fitting, scores, strict=True) if score == best]
+            matches = [seen for seen, score in zip(fitting, scores, strict=True) if score == best]
             if best > 0 and len(matches) == 1:
-                return matches[0], None
-        if not fitting or (best == 0 and any(seen.tensors for seen in fitting)):
+                return self._check(matches[0], tensors, plain)
+        if not fitting or (best == 0 and any(seen.given for seen in fitting)):
             name = self._new(tensors, plain)
             batch = {t.shape[0] for t in tensors.values()}
-            return name, f"a guidance branch that the first step did not have ({name}, batch {sorted(batch)})"
+            return Sighting(name, f"a guidance branch that the first step did not have ({name}, batch {sorted(batch)})")
         if len(matches) > 1:
-            return matches[0], f"the branches {', '.join(matches)} have the same conditioning, so the call may be either's"
-        return matches[0], None
+            names = ", ".join(seen.name for seen in matches)
+            return Sighting(matches[0].name, f"the branches {names} have the same conditioning, so the call may be either's", stale=True)
+        return self._check(matches[0], tensors, plain)
 
-    def _new(self, tensors: dict[Position, Tensor], plain: tuple[Any, ...]) -> str:
-        name = f"branch{len(self._seen)}"
-        self._seen.append(_Seen(name, {key: (t, version_of(t)) for key, t in tensors.items()}, plain))
+    def reindex(self, rows: Tensor, batch: int) -> None:
+        """Lets the conditioning follow the samples; it is recognised in its old order as well, where the pipeline does not permute it."""
+        for seen in self._seen.values():
+            for given in seen.given.values():
+                if given.tensor.shape[0] == batch:
+                    given.permuted = (given.tensor if given.permuted is None else given.permuted).index_select(0, rows.to(given.tensor.device))
+                    given.constant = False
+
+    def _new(self, tensors: dict[Position, Tensor], plain: tuple[Any, ...], name: str | None = None) -> str:
+        name = name if name is not None else f"branch{len(self._seen)}"
+        self._seen[name] = _Seen(name, {key: _Given(t, version_of(t)) for key, t in tensors.items()}, plain)
         self.order.append(name)
         return name
+
+    def _check(self, seen: _Seen, tensors: dict[Position, Tensor], plain: tuple[Any, ...]) -> Sighting:
+        """Whether the branch still has the conditioning under which its offsets were stored."""
+        changed = seen.plain != plain
+        for key, given in seen.given.items():
+            now = tensors.get(key)
+            if now is not None and given.identical(now):
+                given.constant = True
+            elif given.constant:
+                # Values are compared only here, where the very same tensor was given so far and now another is.
+                changed = changed or now is None or not given.equal(now)
+                given.constant = False
+        if not changed:
+            return Sighting(seen.name)
+        seen.given = {key: _Given(t, version_of(t)) for key, t in tensors.items()}
+        seen.plain = plain
+        return Sighting(seen.name, "the conditioning changed since the offsets were stored", stale=True)
