@@ -63,14 +63,14 @@ def intercept(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     finally:
         _LISTENING.reset(token)
         with _INSTALLING:
-            for module, slot in installed:
-                slot.users -= 1
+            for module, dispatch in installed:
+                dispatch.users -= 1
                 # Whoever compiled the module meanwhile has put another callable there, which stays.
-                if slot.users == 0 and module.__dict__.get(_SLOT) is slot:
-                    if slot.previous is None:
+                if dispatch.users == 0 and module.__dict__.get(_SLOT) is dispatch:
+                    if dispatch.previous is None:
                         del module.__dict__[_SLOT]
                     else:
-                        module.__dict__[_SLOT] = slot.previous
+                        module.__dict__[_SLOT] = dispatch.previous
 
 
 def compiled_whole(module: nn.Module) -> bool:

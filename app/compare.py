@@ -21,6 +21,10 @@ CELL, LABEL, HEAD, FOOT = 1.75, 1.9, 0.62, 2.9
 """Inches: a picture, the captions' column, the headings, the plan and figures underneath."""
 
 
+MOST_ROWS = 24
+"""Captions that one picture can show."""
+
+
 def amplification(comparison: Comparison) -> int:
     """The power of two that brings the differences just up to full scale, at most 32."""
     pairs = zip(comparison.accelerated.images, comparison.plain.images, strict=True)
@@ -41,16 +45,26 @@ def draw_comparison(comparison: Comparison, model: str, settings: Mapping[str, A
     count = len(comparison.job)
     width, height = LABEL + 4 * CELL + 0.35, 0.55 + HEAD + count * (CELL + 0.28) + FOOT
     figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.15 / width, 1 - 0.3 / height, f"{model}: {comparison.method}", fontsize=13, weight="bold", color=INK, va="center")
+    figure.text(
+        0.15 / width,
+        1 - 0.3 / height,
+        f"{model}: {comparison.method}",
+        fontsize=13,
+        weight="bold",
+        color=INK,
+        va="center",
+        parse_math=False,
+    )
 
     def box(left: float, top: float, wide: float, high: float) -> Axes:
         """Axes by inches from the top left."""
         return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
     scale = amplification(comparison)
+    accelerated = comparison.accelerated
     headings = [
         ("plain", f"{comparison.plain.steps} steps, {comparison.plain.seconds:.2f} s"),
-        ("accelerated", f"{comparison.accelerated.steps} steps, {comparison.accelerated.seconds:.2f} s, {comparison.speedup(comparison.accelerated):.2f}×"),
+        ("accelerated", f"{accelerated.steps} steps, {accelerated.seconds:.2f} s, {comparison.speedup(accelerated):.2f}×"),
         (f"difference, {scale}× amplified", "accelerated − plain"),
         ("fewer steps", f"{comparison.fewer.steps} steps, {comparison.fewer.seconds:.2f} s, {comparison.speedup(comparison.fewer):.2f}×"),
     ]
@@ -61,7 +75,9 @@ def draw_comparison(comparison: Comparison, model: str, settings: Mapping[str, A
     for row, caption in enumerate(comparison.job.captions):
         top = 0.55 + HEAD + row * (CELL + 0.28)
         label = "\n".join(textwrap.wrap(caption, 24)[:7])
-        figure.text(0.15 / width, 1 - (top + CELL / 2) / height, label, va="center", fontsize=9, color=INK, linespacing=1.4)
+        figure.text(
+            0.15 / width, 1 - (top + CELL / 2) / height, label, va="center", fontsize=9, color=INK, linespacing=1.4, parse_math=False
+        )
         difference = np.abs(values(comparison.accelerated.images[row]) - values(comparison.plain.images[row]))
         shown = [*(values(variant.images[row]) for variant in comparison.variants[:2]), np.clip(scale * difference, 0, 1)]
         shown.append(values(comparison.fewer.images[row]))
@@ -109,7 +125,9 @@ def _note(axes: Axes, comparison: Comparison, variant: Variant, row: int) -> Non
         axes.text(0.0, 0.5, distance, fontsize=7.5, color=FAINT, va="center")
         axes.text(1.0, 0.5, verdict, fontsize=7.5, color=GOOD if right else BAD, va="center", ha="right")
     else:
-        axes.text(0.5, 0.5, distance or verdict, fontsize=7.5, color=FAINT if distance else GOOD if right else BAD, va="center", ha="center")
+        axes.text(
+            0.5, 0.5, distance or verdict, fontsize=7.5, color=FAINT if distance else GOOD if right else BAD, va="center", ha="center"
+        )
 
 
 def _plan(axes: Axes, comparison: Comparison) -> None:
@@ -153,4 +171,6 @@ def footnote(comparison: Comparison) -> str:
     rounds = len(comparison.plain.rounds)
     times = f"times of all {len(comparison.job)} pictures" if len(comparison.job) > 1 else "times of one picture"
     turns = f"median of {rounds} interleaved rounds" if rounds > 1 else "one round"
-    return f"{times}, {turns}; speed-up of the denoiser loop; “at most”: if reuse were free; PSNR and error against plain with the same noise"
+    return (
+        f"{times}, {turns}; speed-up of the denoiser loop; “at most”: if reuse were free; PSNR and error against plain with the same noise"
+    )

@@ -62,7 +62,13 @@ class StepBar:
 
     def __init__(self, calls: int, label: str) -> None:
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         # Few refreshes: the bar must not take time from what is timed.
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2, transient=True)
         self._task = self._progress.add_task(label, total=calls)
@@ -93,6 +99,9 @@ class StepBar:
         """The scheduler says how many steps there are."""
         self._steps = max(1, len(scheduler.timesteps))
 
+    def scaled(self, scheduler: Any, timestep: Any) -> None:
+        """Nothing to show."""
+
     def stepped(self, scheduler: Any, sample: Any) -> None:
         """One step further."""
         self._progress.advance(self._task, 1 / self._steps)
@@ -108,7 +117,9 @@ def pictures_of(pipe: Any, output: Any) -> list[Image]:
 
     images = getattr(output, "images", None)
     if not isinstance(images, list) or not all(isinstance(image, Image) for image in images):
-        raise BadInput(f"--model must be a pipeline that makes pictures, but {type(pipe).__name__} returns {', '.join(vars(output)) or 'none'}")
+        raise BadInput(
+            f"--model must be a pipeline that makes pictures, but {type(pipe).__name__} returns {', '.join(vars(output)) or 'none'}"
+        )
     return [image.convert("RGB") for image in images]
 
 

@@ -54,11 +54,6 @@ def write(path: Path, data: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """As `write`, UTF-8."""
-    write(path, text.encode())
-
-
 def png(image: Image, caption: str, settings: Mapping[str, Any]) -> bytes:
     """The picture as a PNG whose text says how it was made: `Title` the caption, `hasten` all settings as JSON."""
     from PIL.PngImagePlugin import PngInfo

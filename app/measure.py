@@ -127,7 +127,7 @@ class Comparison:
         """The figures as words, a heading first."""
         judged = bool(self.plain.verdict)
         heading = ("", "steps", "denoiser loop", "whole call", "speed-up", "at most", "PSNR", "relative L2 error", "correct")
-        rows = [heading]
+        rows: list[tuple[str, ...]] = [heading]
         for variant in self.variants:
             same = variant is self.plain
             rows.append(
@@ -202,8 +202,9 @@ def measure(fast: AcceleratedPipeline, job: Job, *, shapes: bool = False, rounds
                 variant.images += images
             return fast.report.seconds, fast.report.call_seconds
 
-        # The first call traces the denoiser and warms caches; it is not timed.
-        fast.baseline(**job.call(job.batches[0], min(2, job.steps)))
+        # The first call of every batch size traces the denoiser and warms caches; it is not timed.
+        for pictures in {len(pictures): pictures for pictures in job.batches}.values():
+            fast.baseline(**job.call(pictures, min(2, job.steps)))
         fewer = job.steps
         done = 0
         while rounds is None or done < rounds:

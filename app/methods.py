@@ -37,10 +37,16 @@ def choose_method(
         BadInput: Options contradict each other, or a value is not allowed.
         PlanError: The file is no plan.
     """
-    own = [option for option, value in (("--interval", interval), ("--cached", cached), ("--boundary", boundary), ("--preset", preset)) if value is not None]
+    own = [
+        option
+        for option, value in (("--interval", interval), ("--cached", cached), ("--boundary", boundary), ("--preset", preset))
+        if value is not None
+    ]
     if plan is not None:
         if name is not None or own:
-            raise BadInput(f"--plan says everything that --method would: give either it or {' and '.join(['--method'] if name is not None else own)}")
+            raise BadInput(
+                f"--plan says everything that --method would: give either it or {' and '.join(['--method'] if name is not None else own)}"
+            )
         from hasten.accelerators.caching.plan import Plan
 
         return Plan.load(plan)
@@ -49,7 +55,7 @@ def choose_method(
     if name not in METHODS:
         raise BadInput(f"--method must be one of {', '.join(METHODS)}, not {name!r}")
     if name != "delta-dit" and own:
-        raise BadInput(f"{' and '.join(own)} belong to --method delta-dit, not to {name}")
+        raise BadInput(f"--method must be delta-dit where {' and '.join(own)} is given, not {name}")
     if name == "none":
         return None
     if name == "auto":

@@ -36,6 +36,11 @@ class Choice:
     folder: Path | None
     shipped: bool = False
 
+    @property
+    def title(self) -> str:
+        """For headings: a folder without the folders around it."""
+        return self.name if self.shipped or self.folder is None else self.folder.resolve().name
+
 
 def choose_model(name: str) -> Choice:
     """What a name means: a model that ships, a folder, or a hub id. Looks at the disk only.
@@ -149,7 +154,9 @@ def open_model(choice: Choice, *, dtype: str = "auto", device: str = "auto") -> 
     model = Model(choice, pipe, device, dtype, defaults)
     missing = [name for name in ("prompt", "num_inference_steps", "generator") if name not in model.parameters]
     if missing:
-        raise BadInput(f"--model must be a text-to-image pipeline, but the call of {type(pipe).__name__} takes no {' and no '.join(missing)}")
+        raise BadInput(
+            f"--model must be a text-to-image pipeline, but the call of {type(pipe).__name__} takes no {' and no '.join(missing)}"
+        )
     return model
 
 
@@ -164,12 +171,12 @@ def _from_pretrained(choice: Choice, dtype: Any) -> Any:
         transformers.logging.disable_progress_bar()
     source = str(choice.folder or choice.name)
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, local_files_only=choice.folder is not None)
+        return diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=choice.folder is not None)
     except (OSError, ValueError) as error:
-        first = " ".join(str(error).split())[:300]
+        first = " ".join(str(error).split())[:200]
         if choice.folder is None:
             from huggingface_hub.constants import HF_HUB_OFFLINE
 
-            why = "HF_HUB_OFFLINE is set and it is not in the local cache" if HF_HUB_OFFLINE else "not found there, no access, or no network"
-            raise BadInput(f"--model {choice.name!r} could not be loaded from the hub ({why}): {first}") from error
+            why = "HF_HUB_OFFLINE is set, and it is not in the local cache" if HF_HUB_OFFLINE else first
+            raise BadInput(f"--model {choice.name}: there is no such folder, and it could not be loaded from the hub: {why}") from error
         raise BadInput(f"--model {choice.name} could not be loaded: {first}") from error

@@ -26,9 +26,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hasten._version import __version__
 
-Cell = str | float | int | None
-"""What stands in a table."""
-
 
 class BenchError(ValueError):
     """A benchmark cannot be run as asked; the message is one line that names what is wrong."""
@@ -92,10 +89,17 @@ def progress_bar() -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run: seconds of the part that is compared, and of the whole call around it."""
+    """One run.
+
+    Attributes:
+        seconds: Of the part that is compared.
+        call_seconds: Of the whole call around it.
+        processor_seconds: What the process's threads spent on `seconds`; other jobs on the machine hardly change it.
+    """
 
     seconds: float
     call_seconds: float
+    processor_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,49 +147,61 @@ def interleave(
     return timings
 
 
+@dataclass(frozen=True)
+class Ratios:
+    """How much longer something takes than the base, one value a round: by the clock, and in processor time."""
+
+    clock: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+
 def paired_ratios(
-    base: Callable[[], float],
-    others: Mapping[str, Callable[[], float]],
+    base: Callable[[], Timing],
+    others: Mapping[str, Callable[[], Timing]],
     *,
     rounds: int,
     least: int = 6,
     width: float = 0.0,
     deadline: float | None = None,
     done: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[str, Ratios]:
     """How much longer each of `others` takes than `base`, from many short runs: for differences of a percent or less.
 
     A round runs all of them and then all again in reverse (A B C C B A), which cancels a steady drift; who begins rotates.
     The first run of each is thrown away.
 
     Args:
-        base, others: Do the work and return its seconds.
+        base, others: Do the work once and time it.
         rounds: Most rounds.
         least: Fewest rounds, whatever the deadline says.
-        width: Stops early once the 95% interval of every median is at most this wide (never for what the median is).
+        width: Stops early once the 95% interval of every median is at most this wide (whatever the median is).
         deadline: `time.monotonic()` after which no further round begins.
         done: Called after each round.
 
     Returns:
-        For each of `others` one ratio a round.
+        For each of `others` its ratios.
     """
     runs = {"": base, **others}
     names = list(runs)
     for run in runs.values():
         run()
-    ratios: dict[str, list[float]] = {name: [] for name in others}
+    ratios = {name: Ratios() for name in others}
     for r in range(rounds):
         if r >= least:
-            spans = [high - low for low, high in map(median_interval, ratios.values())]
+            spans = [high - low for low, high in (median_interval(found.clock) for found in ratios.values())]
             if max(spans) <= width or (deadline is not None and time.monotonic() > deadline):
                 break
         shift = r % len(names)
         order = names[shift:] + names[:shift]
-        spent = dict.fromkeys(names, 0.0)
+        clock, processor = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for name in order + order[::-1]:
-            spent[name] += runs[name]()
-        for name in others:
-            ratios[name].append(spent[name] / spent[""])
+            timing = runs[name]()
+            clock[name] += timing.seconds
+            processor[name] += timing.processor_seconds
+        for name, found in ratios.items():
+            found.clock.append(clock[name] / clock[""])
+            if processor[""] > 0:
+                found.processor.append(processor[name] / processor[""])
         done()
     return ratios
 
@@ -204,12 +220,11 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     if not values:
         raise ValueError("values is empty: there is no median")
     ordered, n = sorted(values), len(values)
-    tail, skip = 0.5**n, 0
-    # Skipping one more value at each end leaves the median outside with twice the binomial tail.
-    while skip + 1 < (n + 1) // 2 and 2 * (tail + math.comb(n, skip + 1) * 0.5**n) <= 1 - confidence:
+    skip, tail = 0, 0.5**n + n * 0.5**n
+    # Without `skip` values at each end, the interval misses when at most `skip` values lie on one side of the median.
+    while 2 * tail <= 1 - confidence:
         skip += 1
-        tail += math.comb(n, skip) * 0.5**n
-    skip = skip + 1 if 2 * tail <= 1 - confidence and skip + 1 < n - skip - 1 else skip
+        tail += math.comb(n, skip + 1) * 0.5**n
     return ordered[skip], ordered[n - 1 - skip]
 
 
@@ -352,22 +367,27 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal too. The first column is flush left, the others right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """A Markdown table, padded so that it reads well in a terminal too.
+
+    Args:
+        left: Heads of the columns that are flush left besides the first; the others are flush right.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    flush = [i == 0 or name in left for i, name in enumerate(head)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]
+        padded = [cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in zip(cells, widths, flush, strict=True)]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|"
-    return "\n".join([line(head), rule, *map(line, rows)])
+    rule = "|".join("-" * (width + 2) if to_left else "-" * (width + 1) + ":" for width, to_left in zip(widths, flush, strict=True))
+    return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 
 def bars_table(bars: Sequence[Bar]) -> str:
     """The bars as a table."""
     rows = [(bar.name, f"{bar.value:.4g}", f"{bar.limit:g}", "yes" if bar.holds else "NO", bar.note) for bar in bars]
-    return table(("bar", "measured", "limit", "holds", "note"), rows)
+    return table(("bar", "measured", "limit", "holds", "note"), rows, left=("note",))
 
 
 def surroundings(results: Results) -> str:

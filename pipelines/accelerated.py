@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hasten.accelerators.caching.auto import Auto
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
-from hasten.accelerators.caching.runtime import Method, Session, compute_all, plan_for
+from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compute_all, plan_for
 from hasten.accelerators.caching.segments import program, state_bytes
 from hasten.accelerators.caching.trace import Trace, TraceError, format_bytes, trace_module
 from hasten.accelerators.dispatch import Call, intercept
@@ -82,53 +82,59 @@ class _Clock:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.calls = 0
-        self.begin = 0
         self.sessions: list[Session] = []
-        self.guidance: str | None = None
+        self._calls = 0
+        self._steps: int | None = None
+        self._scaled: Any = None
 
     @property
     def order(self) -> int:
         return max(1, int(getattr(self.scheduler, "order", 1)))
 
     def timesteps_set(self, scheduler: Any) -> None:
-        self.calls = 0
+        self._calls, self._steps, self._scaled = 0, None, None
+        for session in self.sessions:
+            session.restart()
         self._tell()
 
+    def scaled(self, scheduler: Any, timestep: Any) -> None:
+        self._scaled = timestep
+
     def stepped(self, scheduler: Any, sample: Any) -> None:
-        if self.guidance is None:
-            self._layout(sample)
-        self.calls += 1
+        for session in self.sessions:
+            self._learn_guidance(session, sample)
+        self._calls += 1
         self._tell()
 
     def _tell(self) -> None:
         for session in self.sessions:
-            session.set_step(self.calls // self.order)
+            session.set_step(self._calls // self.order)
 
-    def _layout(self, sample: Any) -> None:
-        """Learns how guidance is laid out, and holds it against the plan."""
-        for session in self.sessions:
-            if not session.branches or session.latents_batch is None:
-                continue
-            ratio = session.latents_batch / sample.shape[0] if isinstance(sample, Tensor) else 1
-            calls = len(session.branches)
-            self.guidance = f"{calls} calls" if calls > 1 else f"batched x{ratio:g}" if ratio != 1 else "single"
-            session.facts["guidance"] = self.guidance
-            if isinstance(session.method, Plan):
-                session.method.check({"guidance": self.guidance})
+    def _learn_guidance(self, session: Session, sample: Any) -> None:
+        """Learns from its first step how a denoiser's guidance is laid out, and holds it against the plan. No step before that reuses."""
+        if "guidance" in session.facts or session.latents_batch is None:
+            return
+        calls = len(session.branches)
+        ratio = session.latents_batch / sample.shape[0] if isinstance(sample, Tensor) and sample.ndim else 1
+        session.facts["guidance"] = f"{calls} calls" if calls > 1 else f"batched x{ratio:g}" if ratio != 1 else "single"
+        if isinstance(session.method, Plan):
+            session.method.check({"guidance": session.facts["guidance"]})
 
     def total(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """How many steps this run executes; asked at its first denoiser call."""
+        """How many steps this run executes; asked at the first call of each of its denoisers."""
         timesteps = self.scheduler.timesteps
-        begin = getattr(self.scheduler, "begin_index", None)
-        self.begin = int(begin) if begin is not None else _first_index(timesteps, args, kwargs)
-        sigmas = noise_levels(self.scheduler)
-        facts = {"scheduler": type(self.scheduler).__name__, "order": self.order}
-        for session in self.sessions:
-            session.facts |= facts
+        if self._steps is None:
+            begin = getattr(self.scheduler, "begin_index", None)
+            if begin is None:
+                begin = _first_index(timesteps, self._scaled, args, kwargs)
+            self._steps = math.ceil((len(timesteps) - int(begin)) / self.order)
+            facts: dict[str, Any] = {"scheduler": type(self.scheduler).__name__, "order": self.order}
+            sigmas = noise_levels(self.scheduler)
             if sigmas is not None:
-                session.facts["sigmas"] = [round(float(s), 6) for s in sigmas[self.begin :]]
-        return math.ceil((len(timesteps) - self.begin) / self.order)
+                facts["sigmas"] = [round(float(s), 6) for s in sigmas[int(begin) :]]
+            for session in self.sessions:
+                session.facts |= facts
+        return self._steps
 
 
 def noise_levels(scheduler: Any) -> np.ndarray | None:
@@ -144,11 +150,12 @@ def noise_levels(scheduler: Any) -> np.ndarray | None:
     return ((1 - at) / at).sqrt().numpy()
 
 
-def _first_index(timesteps: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Where the run begins when the scheduler does not say: the timestep the denoiser was first given (image-to-image)."""
+def _first_index(timesteps: Any, scaled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Where the run begins when the scheduler does not say (image-to-image): at the timestep for which the latents were scaled, else at
+    the one that the denoiser is given, as it stands or as a fraction of 1000."""
     values = torch.as_tensor(timesteps).double().cpu()
     named = [kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs] + list(args[1:])
-    for value in named:
+    for value in (scaled, *named):
         if isinstance(value, Tensor) and value.numel() and value.ndim <= 1:
             first = float(value.flatten()[0])
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -175,7 +182,8 @@ class AcceleratedPipeline:
     """
 
     _OWN = frozenset(
-        {"pipe", "method", "reports", "traces", "_denoisers", "_options", "_lock", "_enabled", "_baselines", "_announced", "__signature__"}
+        {"pipe", "method", "reports", "traces", "__signature__"}
+        | {"_denoisers", "_options", "_lock", "_enabled", "_baselines", "_announced", "_traced"}
     )
 
     def __init__(self, pipe: Any, method: Method | Plan, denoisers: tuple[str, ...], **options: Any) -> None:
@@ -183,6 +191,7 @@ class AcceleratedPipeline:
         self.method = method
         self.reports: dict[str, RunReport] = {}
         self.traces: dict[str, Trace] = {}
+        self._traced: dict[str, tuple[nn.Module, dict[TraceKey, Trace]]] = {}
         self._denoisers = denoisers
         self._options = options
         self._lock = threading.Lock()
@@ -238,7 +247,21 @@ class AcceleratedPipeline:
         """
         if not self._enabled:
             return self.pipe(*args, **kwargs)
-        return self._run(self.method, args, kwargs)
+        out = self._run(self.method, args, kwargs)
+        plan = self.report.plan
+        if not self._announced and plan is not None:
+            self._announced = True
+            print(
+                f"hasten: {plan.facts.get('method')}; {100 * plan.computed_fraction:.0f}% computed, "
+                f"at most {self.report.bound or 1.0:.2f}x faster",
+                file=sys.stderr,
+            )
+        return out
+
+    def to(self, *args: Any, **kwargs: Any) -> AcceleratedPipeline:
+        """As the pipeline's own `to`; returns the wrapper."""
+        self.pipe.to(*args, **kwargs)
+        return self
 
     def baseline(self, *args: Any, **kwargs: Any) -> Any:
         """The plain pipeline, timed: later reports of the same steps and shape tell the measured speed-up."""
@@ -249,7 +272,8 @@ class AcceleratedPipeline:
 
     def _key(self, name: str, report: RunReport) -> tuple[Any, ...]:
         facts = report.plan.facts if report.plan is not None else {}
-        return name, len(report.step_seconds), tuple(facts.get("latents", ())), facts.get("scheduler")
+        shape = report.trace.resolution if report.trace is not None else ()
+        return name, len(report.step_seconds), shape, facts.get("scheduler"), facts.get("guidance")
 
     def _run(self, method: Method | Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._lock.acquire(blocking=False):
@@ -259,8 +283,9 @@ class AcceleratedPipeline:
             began = time.perf_counter()
             with ExitStack() as stack:
                 sessions = {
-                    name: Session(getattr(self.pipe, name), method, clock.total, trace=self.traces.get(name), **self._options)
+                    name: Session(module, method, clock.total, traces=self._known(name, module), **self._options)
                     for name in self._denoisers
+                    if isinstance(module := getattr(self.pipe, name, None), nn.Module)
                 }
                 clock.sessions = list(sessions.values())
                 stack.callback(self._collect, sessions, began)
@@ -270,6 +295,17 @@ class AcceleratedPipeline:
                 return self.pipe(*args, **kwargs)
         finally:
             self._lock.release()
+
+    def _known(self, name: str, module: nn.Module) -> dict[TraceKey, Trace]:
+        """Earlier traces of this denoiser, unless the pipeline has been given another one since; one put into `traces` counts."""
+        before, known = self._traced.get(name, (module, {}))
+        if before is not module:
+            known = {}
+        elif name in self.traces:
+            trace = self.traces[name]
+            known[trace.resolution, getattr(torch, trace.dtype)] = trace
+        self._traced[name] = module, known
+        return known
 
     def _collect(self, sessions: dict[str, Session], began: float) -> None:
         """Keeps reports and traces, also of a run that failed."""
@@ -284,13 +320,6 @@ class AcceleratedPipeline:
             if known is not None:
                 report.baseline_seconds, report.baseline_call_seconds = known
             self.reports[name] = report
-        if not self._announced and self.report.plan is not None:
-            self._announced = True
-            print(
-                f"hasten: {self.report.plan.facts.get('method')}; {100 * self.report.computed_fraction:.0f}% computed, "
-                f"at most {self.report.bound or 1.0:.2f}x faster",
-                file=sys.stderr,
-            )
 
 
 def accelerate(
@@ -340,6 +369,7 @@ class _Captured(Exception):
 def _first_call(pipe: Any, denoiser: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, Any, int]:
     """Name, arguments and number of executed steps of the pipeline's first denoiser call; nothing is denoised."""
     caught: dict[str, Any] = {}
+    modules = denoisers_of(pipe, denoiser)
     clock = _Clock(pipe.scheduler)
 
     def stop_at(name: str) -> Any:
@@ -349,9 +379,8 @@ def _first_call(pipe: Any, denoiser: str | None, args: tuple[Any, ...], kwargs: 
 
         return handle
 
-    modules = denoisers_of(pipe, denoiser)
     try:
-        with intercept({module: stop_at(name) for name, module in modules.items()}):
+        with hooked(pipe.scheduler, clock), intercept({module: stop_at(name) for name, module in modules.items()}):
             pipe(*args, **kwargs)
     except _Captured:
         return caught["name"], caught["args"], caught["kwargs"], caught["steps"]
@@ -438,4 +467,14 @@ def explain(pipe: Any, method: Method | Plan | None = None, *args: Any, denoiser
     return Explanation(found, plan, tuple(reasons), state_bytes(found, rows))
 
 
-__all__ = ["AcceleratedPipeline", "ComputeAll", "Explanation", "PlanError", "accelerate", "denoisers_of", "explain", "noise_levels", "trace"]
+__all__ = [
+    "AcceleratedPipeline",
+    "ComputeAll",
+    "Explanation",
+    "PlanError",
+    "accelerate",
+    "denoisers_of",
+    "explain",
+    "noise_levels",
+    "trace",
+]

@@ -214,3 +214,158 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "pixart": pixart, "sd3": sd3, "flux": flux, "wan": wan, "latte": latte, "hunyuan_dit": hunyuan_dit, "lumina2": lumina2,
     "auraflow": auraflow,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ pipelines
+
+Ready = tuple[Any, dict[str, Any]]
+"""An unmodified pipeline without text encoders, and the keyword arguments of its call: embeddings, seedless latents, few steps."""
+
+
+def pixart_pipeline(scheduler: Any = None) -> Ready:
+    """Guidance in one batch."""
+    from diffusers import DDIMScheduler, PixArtAlphaPipeline
+
+    pipe = PixArtAlphaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=pixart()[0], scheduler=scheduler or DDIMScheduler(clip_sample=False)
+    )
+    call = {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": _randn(100, 1, 5, 24),
+        "prompt_attention_mask": torch.ones(1, 5),
+        "negative_prompt_embeds": _randn(101, 1, 5, 24),
+        "negative_prompt_attention_mask": torch.ones(1, 5),
+        "latents": _randn(1, 1, 4, 8, 8),
+        "height": 64,
+        "width": 64,
+        "use_resolution_binning": False,
+        "guidance_scale": 3.0,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+def sd3_pipeline(scheduler: Any = None) -> Ready:
+    """Guidance in one batch, and a third call with layers left out where `skip_guidance_layers` says so."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    pipe = StableDiffusion3Pipeline(
+        transformer=sd3()[0], scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0), vae=None, text_encoder=None,
+        tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 24),
+        "negative_prompt_embeds": _randn(101, 1, 5, 24),
+        "pooled_prompt_embeds": _randn(102, 1, 12),
+        "negative_pooled_prompt_embeds": _randn(103, 1, 12),
+        "latents": _randn(1, 1, 4, 8, 8),
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 4.0,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+def flux_pipeline(scheduler: Any = None) -> Ready:
+    """Guidance-distilled: one call a step."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    pipe = FluxPipeline(
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, transformer=flux()[0],
+    )  # fmt: skip
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 24),
+        "pooled_prompt_embeds": _randn(102, 1, 12),
+        "latents": _randn(1, 1, 16, 4),
+        "height": 64,
+        "width": 64,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+def flux_control_pipeline(scheduler: Any = None) -> Ready:
+    """A ControlNet adds residuals between the blocks."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxControlNetPipeline
+
+    transformer = flux()[0]
+    torch.manual_seed(5)
+    controlnet = _ready(FluxControlNetModel.from_config({**transformer.config, "num_layers": 2, "num_single_layers": 2}))
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4,) * 4,
+        layers_per_block=1, latent_channels=1, norm_num_groups=2, sample_size=64, mid_block_add_attention=False,
+        shift_factor=0.0, scaling_factor=1.0,
+    )  # fmt: skip
+    pipe = FluxControlNetPipeline(
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), text_encoder=None, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer, controlnet=controlnet,
+    )  # fmt: skip
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 24),
+        "pooled_prompt_embeds": _randn(102, 1, 12),
+        "latents": _randn(1, 1, 16, 4),
+        "control_image": torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3)),
+        "controlnet_conditioning_scale": 0.8,
+        "height": 64,
+        "width": 64,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+def wan_pipeline(scheduler: Any = None) -> Ready:
+    """Guidance in two calls, each in a `cache_context`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler or FlowMatchEulerDiscreteScheduler(), transformer=wan()[0]
+    )
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 16),
+        "negative_prompt_embeds": _randn(101, 1, 5, 16),
+        "latents": _randn(1, 1, 4, 2, 8, 8),
+        "num_frames": 5,
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 4.0,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+def lumina2_pipeline(scheduler: Any = None) -> Ready:
+    """Guidance in two calls that name no context; `cfg_trunc_ratio` leaves the second one out towards the end."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
+
+    pipe = Lumina2Pipeline(
+        transformer=lumina2()[0], scheduler=scheduler or FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None
+    )
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 16),
+        "prompt_attention_mask": torch.ones(1, 5, dtype=torch.bool),
+        "negative_prompt_embeds": _randn(101, 1, 5, 16),
+        "negative_prompt_attention_mask": torch.ones(1, 5, dtype=torch.bool),
+        "latents": _randn(1, 1, 4, 8, 8),
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 4.0,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+_SHORT = {"num_inference_steps": 6, "output_type": "latent", "return_dict": False}
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES: dict[str, Callable[..., Ready]] = {
+    "pixart": pixart_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "flux_control": flux_control_pipeline,
+    "wan": wan_pipeline, "lumina2": lumina2_pipeline,
+}  # fmt: skip
+
+
+def run(target: Any, call: dict[str, Any], **changes: Any) -> torch.Tensor:
+    """The latents that a pipeline, plain or accelerated, makes of a call. What it draws itself (a VAE's sample) is the same each time."""
+    torch.manual_seed(0)
+    return target(**{**call, **changes})[0]

@@ -8,7 +8,7 @@ pipeline builds them anew. Never by call parity.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -57,30 +57,52 @@ class _Given:
 
 
 @dataclass
+class _Number:
+    """A number among the arguments, told from a time in the same way: a time changes, a scale is constant."""
+
+    value: float
+    constant: bool = False
+
+
+@dataclass
+class _Arguments:
+    """What a call was given besides the latents."""
+
+    tensors: dict[Position, Tensor] = field(default_factory=dict)
+    numbers: dict[Position, float] = field(default_factory=dict)
+    plain: list[tuple[Position, Any]] = field(default_factory=list)
+
+
+@dataclass
 class _Seen:
     """What a branch was called with when it was first seen."""
 
     name: str
     given: dict[Position, _Given]
-    plain: tuple[Any, ...]
+    numbers: dict[Position, _Number]
+    plain: list[tuple[Position, Any]]
 
 
-def _flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[Position, Tensor], tuple[Any, ...]]:
-    tensors: dict[Position, Tensor] = {}
-    plain: list[Any] = []
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], prefix: str = "") -> _Arguments:
+    found = _Arguments()
     items: list[tuple[Any, Any]] = [*enumerate(args), *kwargs.items()]
-    for key, value in items:
+    for name, value in items:
+        key: Position = f"{prefix}{name}" if prefix else name
         if isinstance(value, Tensor):
-            tensors[key] = value
-        elif isinstance(value, bool | int | float | str) or value is None:
-            plain.append((key, value))
+            if value.ndim >= 2:  # a timestep per sample tells nothing
+                found.tensors[key] = value
+        elif isinstance(value, bool | str) or value is None:
+            found.plain.append((key, value))
+        elif isinstance(value, int | float):
+            found.numbers[key] = value
         elif isinstance(value, list | tuple) and all(isinstance(v, bool | int | float | str) for v in value):
-            plain.append((key, tuple(value)))
+            found.plain.append((key, tuple(value)))
         elif isinstance(value, Mapping):
-            inner, more = _flatten((), value)
-            tensors |= {f"{key}.{name}": tensor for name, tensor in inner.items()}
-            plain += [(key, *entry) for entry in more]
-    return tensors, tuple(plain)
+            inner = _arguments((), value, f"{key}.")
+            found.tensors |= inner.tensors
+            found.numbers |= inner.numbers
+            found.plain += inner.plain
+    return found
 
 
 class Branches:
@@ -93,9 +115,7 @@ class Branches:
         self._seen: dict[str, _Seen] = {}
         self.order: list[str] = []
 
-    def name(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, latents: Position, context: str | None, learning: bool
-    ) -> Sighting:
+    def name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, latents: Position, context: str | None, learning: bool) -> Sighting:
         """The branch of this call.
 
         Args:
@@ -103,60 +123,70 @@ class Branches:
             context: Name of the `cache_context` that is entered, if any.
             learning: Whether this is still the run's first step, where every call is a branch of its own.
         """
-        tensors, plain = _flatten(args, kwargs)
-        tensors.pop(latents, None)
-        tensors = {key: tensor for key, tensor in tensors.items() if tensor.ndim >= 2}  # a timestep per sample tells nothing
+        now = _arguments(args, kwargs)
+        now.tensors.pop(latents, None)
         if context is not None:
-            if context not in self._seen:
-                return Sighting(self._new(tensors, plain, context))
-            return self._check(self._seen[context], tensors, plain)
+            return self._check(self._seen[context], now) if context in self._seen else Sighting(self._new(now, context))
         if learning:
-            return Sighting(self._new(tensors, plain))
-        fitting = [seen for seen in self._seen.values() if seen.plain == plain]
+            return Sighting(self._new(now))
+        fitting = [seen for seen in self._seen.values() if seen.plain == now.plain]
         best, matches = 0, fitting
         # Identity first: it costs nothing. Values only where identity does not decide.
         for same in (_Given.identical, _Given.equal):
-            scores = [sum(same(given, tensors[key]) for key, given in seen.given.items() if key in tensors) for seen in fitting]
+            scores = [
+                sum(same(given, now.tensors[key]) for key, given in seen.given.items() if key in now.tensors)
+                + sum(number.value == now.numbers.get(key) for key, number in seen.numbers.items())
+                for seen in fitting
+            ]
             best = max(scores, default=0)
             matches = [seen for seen, score in zip(fitting, scores, strict=True) if score == best]
             if best > 0 and len(matches) == 1:
-                return self._check(matches[0], tensors, plain)
+                return self._check(matches[0], now)
         if not fitting or (best == 0 and any(seen.given for seen in fitting)):
-            name = self._new(tensors, plain)
-            batch = {t.shape[0] for t in tensors.values()}
+            name = self._new(now)
+            batch = {t.shape[0] for t in now.tensors.values()}
             return Sighting(name, f"a guidance branch that the first step did not have ({name}, batch {sorted(batch)})")
         if len(matches) > 1:
             names = ", ".join(seen.name for seen in matches)
             return Sighting(matches[0].name, f"the branches {names} have the same conditioning, so the call may be either's", stale=True)
-        return self._check(matches[0], tensors, plain)
+        return self._check(matches[0], now)
 
     def reindex(self, rows: Tensor, batch: int) -> None:
         """Lets the conditioning follow the samples; it is recognised in its old order as well, where the pipeline does not permute it."""
         for seen in self._seen.values():
             for given in seen.given.values():
                 if given.tensor.shape[0] == batch:
-                    given.permuted = (given.tensor if given.permuted is None else given.permuted).index_select(0, rows.to(given.tensor.device))
+                    latest = given.tensor if given.permuted is None else given.permuted
+                    given.permuted = latest.index_select(0, rows.to(latest.device))
                     given.constant = False
 
-    def _new(self, tensors: dict[Position, Tensor], plain: tuple[Any, ...], name: str | None = None) -> str:
+    def _new(self, now: _Arguments, name: str | None = None) -> str:
         name = name if name is not None else f"branch{len(self._seen)}"
-        self._seen[name] = _Seen(name, {key: _Given(t, version_of(t)) for key, t in tensors.items()}, plain)
+        self._seen[name] = _Seen(name, *_kept(now))
         self.order.append(name)
         return name
 
-    def _check(self, seen: _Seen, tensors: dict[Position, Tensor], plain: tuple[Any, ...]) -> Sighting:
+    def _check(self, seen: _Seen, now: _Arguments) -> Sighting:
         """Whether the branch still has the conditioning under which its offsets were stored."""
-        changed = seen.plain != plain
+        changed = seen.plain != now.plain
         for key, given in seen.given.items():
-            now = tensors.get(key)
-            if now is not None and given.identical(now):
+            tensor = now.tensors.get(key)
+            if tensor is not None and given.identical(tensor):
                 given.constant = True
             elif given.constant:
                 # Values are compared only here, where the very same tensor was given so far and now another is.
-                changed = changed or now is None or not given.equal(now)
+                changed = changed or tensor is None or not given.equal(tensor)
                 given.constant = False
+        for key, number in seen.numbers.items():
+            same = number.value == now.numbers.get(key)
+            changed = changed or (number.constant and not same)
+            number.constant = same
         if not changed:
             return Sighting(seen.name)
-        seen.given = {key: _Given(t, version_of(t)) for key, t in tensors.items()}
-        seen.plain = plain
+        seen.given, seen.numbers, seen.plain = _kept(now)
         return Sighting(seen.name, "the conditioning changed since the offsets were stored", stale=True)
+
+
+def _kept(now: _Arguments) -> tuple[dict[Position, _Given], dict[Position, _Number], list[tuple[Position, Any]]]:
+    tensors = {key: _Given(tensor, version_of(tensor)) for key, tensor in now.tensors.items()}
+    return tensors, {key: _Number(value) for key, value in now.numbers.items()}, now.plain

@@ -47,6 +47,18 @@ class PlanError(ValueError):
     """A plan is malformed or does not fit; the message says in one line what differs."""
 
 
+class _Facts(dict[str, Any]):
+    """Facts that cannot be changed, and that `json` takes for what they are: a dictionary."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("the facts of a plan cannot be changed; make another plan with other facts")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Facts, (dict(self),)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Steps x sites x guidance branches of actions, and the facts it is bound to.
@@ -89,7 +101,7 @@ class Plan:
         known = [int(action) for action in Action]
         if not np.isin(actions, known).all():
             raise PlanError(f"unknown action {int(actions[~np.isin(actions, known)][0])}; known are {[a.name for a in Action]}")
-        actions = np.ascontiguousarray(actions, dtype=np.uint8)
+        actions = np.array(actions, dtype=np.uint8, order="C")  # a copy: the caller's array stays the caller's
         actions.setflags(write=False)
         object.__setattr__(self, "actions", actions)
         try:
@@ -99,7 +111,7 @@ class Plan:
         facts.setdefault("steps", self.steps)
         if facts["steps"] != self.steps:
             raise PlanError(f"the plan has {self.steps} rows, but its facts say {facts['steps']} steps")
-        object.__setattr__(self, "facts", facts)
+        object.__setattr__(self, "facts", _Facts(facts))
 
     @property
     def steps(self) -> int:
@@ -121,14 +133,21 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._digest() == other._digest()
 
-    def branch(self, name: str) -> np.ndarray:
-        """The actions [steps, sites] of one branch; a branch that the plan does not know follows its first."""
-        return self.actions[:, :, self.branches.index(name) if name in self.branches else 0]
+    def branch(self, name: str, order: int = 0) -> np.ndarray:
+        """The actions [steps, sites] of one branch: the one of this name, else the one that stands at `order`, else the first.
+
+        Args:
+            name: A guidance branch of a run.
+            order: How many branches the run had before it, for pipelines that name theirs differently.
+        """
+        if name in self.branches:
+            return self.actions[:, :, self.branches.index(name)]
+        return self.actions[:, :, order if order < len(self.branches) else 0]
 
     @property
     def computed_fraction(self) -> float:
-        """Share of the cells that are computed."""
-        return float((self.actions == Action.COMPUTE).mean())
+        """Share of the cells that are computed; 1 where there are no sites."""
+        return float((self.actions == Action.COMPUTE).mean()) if self.actions.size else 1.0
 
     def speedup_bound(self, costs: Trace | tuple[Sequence[float], float]) -> float:
         """The speed-up if reuse were free: all sites computed at all steps, over what the plan computes.
@@ -164,12 +183,17 @@ class Plan:
             "facts": self.facts,
             "digest": self._digest(),
         }
+        scratch_name = None
         data = safetensors.numpy.save({"actions": self.actions}, metadata={"hasten_plan": json.dumps(head)})
         try:
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as scratch:
+                scratch_name = scratch.name
                 scratch.write(data)
-            os.replace(scratch.name, target)
+            os.chmod(scratch_name, 0o644)  # temporary files are made for their owner alone
+            os.replace(scratch_name, target)
         except OSError as error:
+            if scratch_name is not None:
+                os.unlink(scratch_name)
             raise PlanError(f"cannot write the plan to {target}: {error.strerror or error}") from None
 
     @classmethod
@@ -186,19 +210,19 @@ class Plan:
                 actions = file.get_tensor("actions") if "actions" in keys else None
         except FileNotFoundError:
             raise PlanError(f"there is no plan file {path}") from None
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:  # numpy has no name for some dtypes
             raise PlanError(f"{path} cannot be read as a plan (truncated, or not a safetensors file): {error}") from None
         try:
             head = json.loads(metadata["hasten_plan"])
-        except (KeyError, json.JSONDecodeError):
+        except (KeyError, ValueError, RecursionError):
             raise PlanError(f"{path} is a safetensors file but holds no hasten plan") from None
-        if not isinstance(head, dict) or head.get("format_version") != FORMAT_VERSION:
-            found = head.get("format_version") if isinstance(head, dict) else None
+        found = head.get("format_version") if isinstance(head, dict) else None
+        if type(found) is not int or found != FORMAT_VERSION:
             raise PlanError(f"{path} has plan format version {found}, this hasten reads version {FORMAT_VERSION}")
-        if keys != {"actions"} or not {"sites", "branches", "facts", "digest"} <= head.keys():
+        if keys != {"actions"} or head.keys() != {"format_version", "sites", "branches", "facts", "digest"}:
             raise PlanError(f"{path} was altered: it does not hold exactly what a plan holds")
         try:
-            plan = cls(actions, tuple(head["sites"]), tuple(head["branches"]), head["facts"])
+            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"])
         except (PlanError, TypeError, ValueError) as error:
             raise PlanError(f"{path} was altered: {error}") from None
         if plan._digest() != head["digest"]:
@@ -235,20 +259,23 @@ class Plan:
 
     def diff(self, other: Plan) -> str:
         """What differs between two plans, in lines for people; empty if nothing does."""
+        mine, theirs = ({name: json.dumps(value, sort_keys=True) for name, value in plan.facts.items()} for plan in (self, other))
         lines = [
-            f"{name}: {self.facts.get(name)!r} -> {other.facts.get(name)!r}"
-            for name in sorted({*self.facts, *other.facts})
-            if self.facts.get(name) != other.facts.get(name)
+            f"{name}: {mine.get(name, 'none')} -> {theirs.get(name, 'none')}"
+            for name in sorted({*mine, *theirs})
+            if mine.get(name) != theirs.get(name)
         ]
-        for what, mine, theirs in (("sites", self.sites, other.sites), ("branches", self.branches, other.branches)):
-            if mine != theirs:
-                lines.append(f"{what}: {len(mine)} ({', '.join(mine[:3])} ...) -> {len(theirs)} ({', '.join(theirs[:3])} ...)")
+        for what, old, new in (("sites", self.sites, other.sites), ("branches", self.branches, other.branches)):
+            if old != new:
+                first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+                at = " -> ".join(", ".join(names[first : first + 3]) or "none" for names in (old, new))
+                lines.append(f"{what}: {len(old)} -> {len(new)}, from number {first} on {at}")
         if self.actions.shape == other.actions.shape:
             steps, sites, branches = np.nonzero(self.actions != other.actions)
             for k, s, b in zip(steps[:20], sites[:20], branches[:20], strict=True):
-                old, new = (Action(p.actions[k, s, b]).name for p in (self, other))
+                before, after = (Action(p.actions[k, s, b]).name for p in (self, other))
                 branch = "" if self.branches == (ALL_BRANCHES,) else f" ({self.branches[b]})"
-                lines.append(f"step {k}, {self.sites[s]}{branch}: {old} -> {new}")
+                lines.append(f"step {k}, {self.sites[s]}{branch}: {before} -> {after}")
             if len(steps) > 20:
                 lines.append(f"... and {len(steps) - 20} more of {self.actions.size} cells")
         else:
@@ -284,9 +311,12 @@ class Plan:
         if isinstance(target, AxesType):
             axes = target
         else:
-            axes = Figure(figsize=(max(4.0, 0.16 * self.steps + 2), max(2.2, 0.14 * len(self.sites) + 1.4)), layout="constrained").subplots()
-        picture = np.concatenate([self.actions[:, :, b].T for b in range(len(self.branches))])
-        axes.imshow(picture, cmap=ListedColormap(list(colours.values())), vmin=0, vmax=len(colours) - 1, aspect="auto", interpolation="nearest")
+            size = max(4.0, 0.16 * self.steps + 2), max(2.2, 0.14 * len(self.sites) * len(self.branches) + 1.4)
+            axes = Figure(figsize=size, layout="constrained").subplots()
+        if self.sites:
+            picture = np.concatenate([self.actions[:, :, b].T for b in range(len(self.branches))])
+            palette = ListedColormap(list(colours.values()))
+            axes.imshow(picture, cmap=palette, vmin=0, vmax=len(colours) - 1, aspect="auto", interpolation="nearest")
         for b in range(1, len(self.branches)):
             axes.axhline(b * len(self.sites) - 0.5, color="white", linewidth=2)
         axes.set_xlabel("step")
@@ -300,5 +330,7 @@ class Plan:
             frameon=False,
         )
         if isinstance(target, str | os.PathLike):
-            axes.figure.savefig(target, dpi=120)
+            figure = axes.get_figure(root=True)
+            assert figure is not None
+            figure.savefig(target, dpi=120)
         return axes

@@ -79,8 +79,9 @@ class RunReport:
         if self.plan is None:
             return "nothing was run"
         steps, sites, branches = self.plan.actions.shape
+        plural = "es" if branches > 1 else ""
         lines = [
-            f"{self.plan.facts.get('method', 'plan')}: {steps} steps, {sites} sites, {branches} guidance branch{'es' if branches > 1 else ''}"
+            f"{self.plan.facts.get('method', 'plan')}: {steps} steps, {sites} sites, {branches} guidance branch{plural}"
             f" ({', '.join(self.plan.branches)}), {100 * self.computed_fraction:.1f}% computed",
             f"denoiser loop {self.seconds:.3f} s, whole call {self.call_seconds:.3f} s, stored offsets at most "
             f"{format_bytes(self.state_bytes_peak)}",

@@ -7,24 +7,26 @@ frozen nor doubled. All state belongs to the run and dies with it.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.branches import Branches
-from hasten.accelerators.caching.plan import Action, Plan, PlanError
+from hasten.accelerators.caching.plan import ALL_BRANCHES, Action, Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
 from hasten.accelerators.caching.trace import (
     Block,
     Position,
+    Stream,
     Trace,
     TraceError,
     format_bytes,
@@ -34,6 +36,10 @@ from hasten.accelerators.caching.trace import (
     version_of,
 )
 from hasten.accelerators.dispatch import Call, compiled_whole, intercept
+
+TraceKey = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of the latents."""
+UNREACHED = 255
 
 
 class Method(Protocol):
@@ -64,40 +70,54 @@ def compute_all(trace: Trace, steps: int) -> Plan:
     return Plan(np.zeros((steps, len(trace.sites)), np.uint8), trace.sites, facts=facts)
 
 
-@dataclass
 class _Sum:
     """Collects the offset of one stream over a span.
 
-    While a block receives the very object the one before returned, the offsets telescope and nothing is computed; where something
-    was added in between, the part so far is taken off before it.
+    While a block receives the very object the one before returned, unchanged, the offsets telescope and nothing is computed; where
+    something was added in between, the part so far is taken off before it.
     """
 
-    start: Tensor
-    end: Tensor
-    version: int | None
-    total: Tensor | None = None
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.part: tuple[Tensor, Tensor] | None = None
+        self.versions: tuple[int | None, int | None] = (None, None)
 
-    def extend(self, before: Tensor, entered: Tensor, after: Tensor) -> str | None:
-        """One more block: `entered` is the object it was given, `before` its value (a copy where the block works in place)."""
-        if entered is self.end:
-            if self.version != version_of(entered) and before is entered:
+    def extend(self, before: Tensor, entered: Tensor, version: int | None, after: Tensor) -> str | None:
+        """One more block.
+
+        Args:
+            before: What it was given (a copy where the block works in place).
+            entered: The object it was given, at `version` when the block was called.
+            after: What it returned.
+
+        Returns:
+            Why the offset cannot be told, or None.
+        """
+        if self.part is not None and entered is self.part[1]:
+            if version != self.versions[1]:
                 return "the model changes the stream in place between two blocks"
-        elif before.shape == self.end.shape and before.dtype == self.end.dtype:
-            self._close()
-            self.start = before
+            before = self.part[0]
+            versions = self.versions[0], version_of(after)
         else:
-            return "the stream changes its shape between two blocks"
-        self.end, self.version = after, version_of(after)
+            if (reason := self.close()) is not None:
+                return reason
+            if self.total is not None and (before.shape, before.dtype) != (self.total.shape, self.total.dtype):
+                return "the stream changes its shape between two blocks"
+            versions = version_of(before), version_of(after)
+        self.part, self.versions = (before, after), versions
+        # In inference mode nobody can tell whether a tensor was changed since: there every block's offset is taken at once.
+        return self.close() if versions[1] is None else None
+
+    def close(self) -> str | None:
+        """Takes the offset of the open part; the reason if that is no longer possible."""
+        if self.part is not None:
+            before, after = self.part
+            if (version_of(before), version_of(after)) != self.versions:
+                return "the model changes the stream in place between two blocks"
+            offset = after - before
+            self.total = offset if self.total is None else self.total + offset
+            self.part = None
         return None
-
-    def _close(self) -> None:
-        offset = self.end - self.start
-        self.total = offset if self.total is None else self.total + offset
-
-    def value(self) -> Tensor:
-        self._close()
-        assert self.total is not None
-        return self.total
 
 
 @dataclass
@@ -108,20 +128,43 @@ class _Collector:
     sums: dict[int, _Sum] = field(default_factory=dict)
     broken: str | None = None
 
+    def close(self) -> str | None:
+        return next((reason for total in self.sums.values() if (reason := total.close()) is not None), None)
+
+
+class _Given(NamedTuple):
+    """A stream on its way into a block: its value before the call, the object itself, and its version."""
+
+    before: Tensor | None
+    entered: Tensor | None
+    version: int | None
+
+    @classmethod
+    def of(cls, stream: Stream, tensor: Tensor | None, in_place: bool) -> _Given:
+        if tensor is None:
+            return cls(None, None, None)
+        return cls(tensor.clone() if in_place else tensor, tensor, version_of(tensor))
+
 
 @dataclass
 class _Branch:
     """What one guidance branch keeps during a run."""
 
     rows: list[Row]
+    last_use: dict[Span, int]
+    bytes_planned: int
     called: list[int] = field(default_factory=list)
     values: dict[Span, dict[int, Tensor]] = field(default_factory=dict)
     refused: dict[Span, str] = field(default_factory=dict)
-    step: int = -1
 
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for value in self.values.values() for t in value.values())
+
+    def release(self, step: int) -> None:
+        """Drops what no step from `step` on reads. A step may be evaluated several times, so nothing is dropped within one."""
+        for span in [span for span in self.values if self.last_use[span] < step]:
+            del self.values[span]
 
 
 class _Recompute(Exception):
@@ -135,7 +178,8 @@ class Session:
         denoiser: The network.
         method: A method or a plan.
         steps: Number of executed steps, or a function that tells it from the arguments of the first denoiser call.
-        trace: An earlier trace of this denoiser; traced at the first call otherwise.
+        traces: Earlier traces of this very denoiser, by the shape and dtype of its latents; it is traced at the first call of a shape
+            that is not among them, and the trace is put there.
         state_budget: Most bytes of stored offsets, or None.
         nan_check: "auto" (tested at once on CPU; on CUDA a flag read at the end), "sync" (at once everywhere), or "off".
         force_store: Collect the offset of every site at every step, for tests and timing.
@@ -147,7 +191,7 @@ class Session:
         method: Method | Plan,
         steps: int | Callable[[tuple[Any, ...], dict[str, Any]], int],
         *,
-        trace: Trace | None = None,
+        traces: MutableMapping[TraceKey, Trace] | None = None,
         state_budget: int | None = None,
         nan_check: str = "auto",
         force_store: bool = False,
@@ -161,11 +205,12 @@ class Session:
             )
         self.denoiser = denoiser
         self.method = method
-        self.trace = trace
+        self.trace: Trace | None = None
         self.report = RunReport()
         self.facts: dict[str, Any] = {}
         """Facts of the run that bind its plan; whoever drives the session fills them in before the first call."""
         self._steps = steps
+        self._traces: MutableMapping[TraceKey, Trace] = traces if traces is not None else {}
         self._budget = state_budget
         self._nan_check = nan_check
         self._force_store = force_store
@@ -174,9 +219,9 @@ class Session:
 
     def _reset(self) -> None:
         self._step = 0
+        self._stepped = False
         self._evaluation = 0
         self._learning: int | None = None
-        self._total: int | None = None
         self._tracing = False
         self.latents_batch: int | None = None
         self._plan: Plan | None = None
@@ -199,12 +244,11 @@ class Session:
         if self._stack is not None:
             raise RuntimeError("this session is already running; one session serves one run at a time")
         self._reset()
-        self.report = RunReport(trace=self.trace)
-        self._stack = ExitStack()
-        if self.trace is not None:
-            self._modules = [self.denoiser.get_submodule(path) for path in self.trace.sites]
-        self._stack.enter_context(intercept({self.denoiser: self._on_denoiser}))
-        self._stack.enter_context(_named_contexts(self.denoiser, self))
+        self.report = RunReport()
+        with ExitStack() as stack:
+            stack.enter_context(intercept({self.denoiser: self._on_denoiser}))
+            stack.enter_context(_named_contexts(self.denoiser, self))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -231,8 +275,24 @@ class Session:
 
     def set_step(self, index: int) -> None:
         """As `step`, for callers that hear of the step instead of enclosing it: what follows is another evaluation, in step `index`."""
-        self._step = index
         self._evaluation += 1
+        if index < self._step:
+            # The sampler went back: what is stored belongs to later noise levels, and perhaps to another picture.
+            self._forget()
+        self._step, self._stepped = index, True
+        for branch in self._branches.values():
+            branch.release(index)
+
+    def restart(self) -> None:
+        """Says that the sampler has set its timesteps: whatever follows is another run, with a plan of its own."""
+        if self._plan is not None:
+            self._forget()
+            self._plan, self._step, self._executed, self._step_seconds = None, 0, {}, []
+            self.report.reasons.clear()
+            self.report.warnings = ["the pipeline sampled more than once in this call; the report's plan is that of the last time"]
+
+    def _forget(self) -> None:
+        self._branches, self._names, self._learning = {}, Branches(), self._evaluation
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -251,45 +311,48 @@ class Session:
             for value in branch.values.values():
                 for stream, tensor in value.items():
                     value[stream] = tensor.index_select(0, rows.to(tensor.device))
+        if self.latents_batch is not None:
+            self._names.reindex(rows, self.latents_batch)
 
     # ---------------------------------------------------------------------------------------------------- the calls
 
     def _on_denoiser(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._forward is not None or self._tracing:
             return call(*args, **kwargs)
-        if self.trace is None:
-            self._tracing = True  # the trace calls the denoiser itself; those calls are not part of the run
-            try:
-                self.trace = trace_module(self.denoiser, args, kwargs)
-            finally:
-                self._tracing = False
-            self._modules = [self.denoiser.get_submodule(path) for path in self.trace.sites]
+        position = latents_position(self.denoiser, args, kwargs)
+        latents = tensors_of(args, kwargs)[position]
         if self._plan is None:
+            self.trace = self._traced(args, kwargs, latents)
+            self._modules = [self.denoiser.get_submodule(path) for path in self.trace.sites]
             total = self._steps if isinstance(self._steps, int) else self._steps(args, kwargs)
             self._plan = plan_for(self.method, self.trace, total)
-            self.report.warnings += self._plan.check({**self.facts, "dtype": self.trace.dtype})
-            self._check_budget(self.estimate(self._plan, self.trace))
+            self.facts |= {"dtype": self.trace.dtype, "resolution": list(self.trace.resolution[1:])}
+            self.report.warnings += self._plan.check(self.facts)
             self._learning = self._evaluation
         if self._began is None:
             self._began = time.perf_counter()
-        position = latents_position(self.denoiser, args, kwargs)
-        self.latents_batch = tensors_of(args, kwargs)[position].shape[0]
-        learning = self._evaluation == self._learning
-        name, doubt = self._names.name(args, kwargs, latents=position, context=self._context, learning=learning)
-        branch = self._branch(name)
         if not 0 <= self._step < self._plan.steps:
             raise PlanError(f"the plan has {self._plan.steps} steps, but the run has reached step {self._step}")
-        if self._step < branch.step:
-            branch.values.clear()  # the sampler went back: what is stored belongs to a later noise level
-        branch.step = self._step
-        latents = tensors_of(args, kwargs)[position]
-        row = branch.rows[self._step]
+        self.latents_batch = latents.shape[0]
+        learning = self._evaluation == self._learning
+        seen = self._names.name(args, kwargs, latents=position, context=self._context, learning=learning)
+        branch = self._branch(seen.name)
+        if seen.stale:
+            branch.values.clear()
         began = self._clock(latents)
-        out = self._run(call, args, kwargs, branch, name, row, doubt)
+        out = self._run(call, args, kwargs, branch, seen.name, branch.rows[self._step], seen.doubt)
         self._count(began, latents)
-        for span in row.release:
-            branch.values.pop(span, None)
         return out
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor) -> Trace:
+        key = tuple(latents.shape), latents.dtype
+        if key not in self._traces:
+            self._tracing = True  # the trace calls the denoiser itself; those calls are not part of the run
+            try:
+                self._traces[key] = trace_module(self.denoiser, args, kwargs)
+            finally:
+                self._tracing = False
+        return self._traces[key]
 
     def _run(
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: _Branch, name: str, row: Row, doubt: str | None
@@ -307,9 +370,10 @@ class Session:
                     out = call(*args, **kwargs)
                 forward.finish()
                 break
-            except _Recompute as reason:
+            except _Recompute as why:
                 assert attempt == 0
-                forward = _Forward(self, branch, row, str(reason))
+                branch.values.clear()  # they stand for other shapes or other blocks
+                forward = _Forward(self, branch, row, str(why))
             finally:
                 self._forward = None
         self._record(name, frozenset(forward.reused))
@@ -329,11 +393,19 @@ class Session:
     def _branch(self, name: str) -> _Branch:
         assert self._plan is not None and self.trace is not None
         if name not in self._branches:
-            rows, reasons = program(self.trace, self._plan.branch(name), force_store=self._force_store)
-            self._branches[name] = _Branch(rows)
-            self._executed[name] = np.full((self._plan.steps, len(self._plan.sites)), 255, np.uint8)
-            for reason in reasons:
-                self.report.reasons[reason] += 1
+            order = len(self._branches)
+            if self._plan.branches != (ALL_BRANCHES,) and name not in self._plan.branches and order >= len(self._plan.branches):
+                self.report.warnings.append(
+                    f"the plan knows the guidance branches {', '.join(self._plan.branches)}; {name} follows {self._plan.branches[0]}"
+                )
+            rows, reasons = program(self.trace, self._plan.branch(name, order), force_store=self._force_store)
+            last_use = {span: k for k, row in enumerate(rows) for span in (*row.store, *row.release)}
+            self._branches[name] = _Branch(rows, last_use, state_bytes(self.trace, rows))
+            if name not in self._executed:
+                self._executed[name] = np.full((self._plan.steps, len(self._plan.sites)), UNREACHED, np.uint8)
+                for reason in reasons:
+                    self.report.reasons[reason] += 1
+            self._check_budget(sum(branch.bytes_planned for branch in self._branches.values()))
         return self._branches[name]
 
     def _record(self, name: str, reused: frozenset[int]) -> None:
@@ -359,10 +431,6 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------ the end
 
-    def estimate(self, plan: Plan, trace: Trace) -> int:
-        """Most bytes a plan stores at once for one guidance branch, at the traced shapes."""
-        return state_bytes(trace, program(trace, plan.branch(plan.branches[0]))[0])
-
     def _finish(self) -> None:
         report = self.report
         if self._events:
@@ -378,8 +446,16 @@ class Session:
         if self._plan is not None and self._executed:
             names = tuple(self._executed)
             cells = np.stack([self._executed[name] for name in names], -1)
-            cells = np.where(cells == 255, Action.COMPUTE, cells)  # a step that was never reached reuses nothing
+            reached = max((k + 1 for k in range(len(cells)) if bool((cells[k] != UNREACHED).any())), default=0)
+            if cells.shape[1] and reached < self._plan.steps:
+                report.warnings.append(f"the run ended after {reached} of {self._plan.steps} steps; the executed plan computes the others")
+            cells = np.where(cells == UNREACHED, Action.COMPUTE, cells)
             report.plan = Plan(cells, self._plan.sites, names, {**self._plan.facts, **self.facts})
+            known = self._plan.branches
+            if known != (ALL_BRANCHES,) and len(names) < len(known):
+                report.warnings.append(f"the plan has the guidance branches {', '.join(known)}, this run had {', '.join(names)}")
+            if isinstance(self._steps, int) and not self._stepped and self._plan.steps > 1:
+                report.warnings.append("session.step(i) was never entered, so every call was taken for step 0 and nothing was reused")
         if self._nan_flag is not None and bool(self._nan_flag):
             report.warnings.append("a stored offset was not finite; use nan_check='sync' to have such sites computed instead")
 
@@ -415,7 +491,7 @@ class _Forward:
             if why is None and span not in branch.values:
                 why = "nothing is stored for it yet"
             if why is None and called:
-                self.spans |= {site: span for site in called}
+                self.spans |= dict.fromkeys(called, span)
                 self.ends[called[-1]] = span
             elif why is not None:
                 self._why(span, why)
@@ -440,11 +516,12 @@ class _Forward:
             collectors = [c for c in self.collectors if c.span.start <= site < c.span.stop and c.broken is None]
             if not collectors:
                 return call(*args, **kwargs)
-            entered = {s.index: _at(s.position, args, kwargs) for s in block.streams}
-            before = {i: t.clone() if block.in_place and t is not None else t for i, t in entered.items()}
+            given = [_Given.of(s, _at(s.position, args, kwargs), block.in_place) for s in block.streams]
             out = call(*args, **kwargs)
             for collector in collectors:
-                self._collect(collector, block, entered, before, out)
+                collector.broken = self._collect(collector, block, given, out)
+                if collector.broken is None and site == collector.span.stop - 1:
+                    collector.broken = collector.close()
             return out
 
         return handle
@@ -457,11 +534,11 @@ class _Forward:
             tensor = _at(stream.position, args, kwargs)
             offset = value.get(stream.index)
             if tensor is None or (offset is not None and (offset.shape != tensor.shape or offset.dtype != tensor.dtype)):
-                self.branch.values.pop(span)
                 raise _Recompute("the shape of the stream, or the batch, is no longer that of the stored offset")
             if last and offset is not None:
                 offset = offset.to(tensor.device)
-                tensor = tensor + offset
+                # A block that returns its own, changed input may be called for that effect alone.
+                tensor = tensor.add_(offset) if stream.aliased and block.in_place else tensor + offset
             outputs[stream.slot] = tensor
         self.reused.add(site)
         if last:
@@ -471,21 +548,15 @@ class _Forward:
         made = [outputs.get(slot) for slot in range(block.width)]
         return tuple(made) if block.form == "tuple" else made
 
-    def _collect(
-        self, collector: _Collector, block: Block, entered: dict[int, Tensor | None], before: dict[int, Tensor | None], out: Any
-    ) -> None:
-        for stream in block.streams:
-            at, value = entered[stream.index], before[stream.index]
+    def _collect(self, collector: _Collector, block: Block, given: list[_Given], out: Any) -> str | None:
+        for stream, entry in zip(block.streams, given, strict=True):
             after = out if stream.slot is None else out[stream.slot]
-            if at is None or value is None or not isinstance(after, Tensor) or after.shape != value.shape:
-                collector.broken = f"{block.path} was not called as it was when the model was traced"
-                return
-            known = collector.sums.get(stream.index)
-            if known is None:
-                collector.sums[stream.index] = _Sum(value, after, version_of(after))
-            elif (reason := known.extend(value, at, after)) is not None:
-                collector.broken = f"no link: {reason}"
-                return
+            if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
+                return f"{block.path} was not called as it was when the model was traced"
+            reason = collector.sums.setdefault(stream.index, _Sum()).extend(entry.before, entry.entered, entry.version, after)
+            if reason is not None:
+                return f"no link: {reason}"
+        return None
 
     def finish(self) -> None:
         """Stores what was collected.
@@ -500,10 +571,11 @@ class _Forward:
         for collector in self.collectors:
             if collector.broken is None and not collector.sums:
                 continue  # none of its blocks was called (skip-layer guidance)
-            if collector.broken is not None:
-                self.branch.refused[collector.span] = collector.broken
+            broken = collector.broken or collector.close()
+            if broken is not None:
+                self.branch.refused[collector.span] = broken
                 continue
-            value = {stream: total.value() for stream, total in collector.sums.items()}
+            value = {stream: total.total for stream, total in collector.sums.items() if total.total is not None}
             if all(self.session.check_finite(tensor) for tensor in value.values()):
                 self.branch.values[collector.span] = value
                 self.branch.refused.pop(collector.span, None)
@@ -517,41 +589,56 @@ def _at(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
     return value if isinstance(value, Tensor) else None
 
 
-_SESSIONS: ContextVar[dict[int, Session] | None] = ContextVar("hasten_sessions", default=None)
+_SESSIONS: ContextVar[Mapping[int, Session] | None] = ContextVar("hasten_sessions", default=None)
+_NAMING = threading.Lock()
+
+
+class _Contexts:
+    """Stands for a denoiser's `cache_context` while any session listens for its names."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.key = id(denoiser)
+        self.hidden = denoiser.__dict__.get("cache_context")
+        self.original: Callable[..., AbstractContextManager[Any]] = denoiser.cache_context  # type: ignore[assignment]
+        self.users = 0
+
+    @contextmanager
+    def __call__(self, name: str, **fields: Any) -> Iterator[None]:
+        session = (_SESSIONS.get() or {}).get(self.key)
+        with self.original(name, **fields):
+            if session is None:
+                yield
+                return
+            before, session._context = session._context, name
+            try:
+                yield
+            finally:
+                session._context = before
 
 
 @contextmanager
 def _named_contexts(denoiser: nn.Module, session: Session) -> Iterator[None]:
     """Hears the names of the `cache_context`s that the pipeline enters on the denoiser, in this context only."""
-    original = getattr(denoiser, "cache_context", None)
-    if original is None:
+    if not hasattr(denoiser, "cache_context"):
         yield
         return
     token = _SESSIONS.set({**(_SESSIONS.get() or {}), id(denoiser): session})
-
-    @contextmanager
-    def cache_context(name: str, **fields: Any) -> Iterator[None]:
-        listening = (_SESSIONS.get() or {}).get(id(denoiser))
-        before = listening._context if listening is not None else None
-        with original(name, **fields):
-            if listening is not None:
-                listening._context = name
-            try:
-                yield
-            finally:
-                if listening is not None:
-                    listening._context = before
-
-    previous = denoiser.__dict__.get("cache_context")
-    denoiser.__dict__["cache_context"] = cache_context
+    with _NAMING:
+        names = denoiser.__dict__.get("cache_context")
+        if not isinstance(names, _Contexts):
+            names = denoiser.__dict__["cache_context"] = _Contexts(denoiser)
+        names.users += 1
     try:
         yield
     finally:
-        if previous is None:
-            denoiser.__dict__.pop("cache_context", None)
-        else:
-            denoiser.__dict__["cache_context"] = previous
         _SESSIONS.reset(token)
+        with _NAMING:
+            names.users -= 1
+            if names.users == 0:
+                if names.hidden is None:
+                    del denoiser.__dict__["cache_context"]
+                else:
+                    denoiser.__dict__["cache_context"] = names.hidden
 
 
 def attach(
@@ -576,7 +663,7 @@ def attach(
         denoiser: The network; it is left as it was when the block ends.
         method: A method or a plan.
         num_inference_steps: How many steps the loop runs.
-        trace: An earlier trace; the first call traces otherwise (three extra forward passes).
+        trace: An earlier trace of latents of this shape; the first call traces otherwise (three extra forward passes).
         state_budget: Most bytes of stored offsets.
         nan_check: "auto", "sync" or "off"; see `Session`.
         force_store: Collect everything at every step, for tests and timing.
@@ -588,6 +675,9 @@ def attach(
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
+    traces: dict[TraceKey, Trace] = {}
+    if trace is not None:
+        traces[trace.resolution, getattr(torch, trace.dtype)] = trace
     return Session(
-        denoiser, method, num_inference_steps, trace=trace, state_budget=state_budget, nan_check=nan_check, force_store=force_store
+        denoiser, method, num_inference_steps, traces=traces, state_budget=state_budget, nan_check=nan_check, force_store=force_store
     )

@@ -2,7 +2,7 @@
 
 A reused cell (step k, site s) stands for the offset that site s had when it was last computed. Neighbouring reused cells whose
 values come from the same step are one span with one stored tensor per stream. Spans end at seams, and at blocks whose output is
-read by a later block outside the span (long skips): there the model must see the partial sum.
+read by a later block outside the span (long skips) or kept by the model: there the model must see the partial sum.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def breaks_of(trace: Trace, reused: Sequence[bool]) -> set[int]:
         block = trace.blocks[i]
         if block.gap == "seam" or (s and (offered[s - 1] != i - 1 or trace.blocks[offered[s - 1]].chain != block.chain)):
             breaks.add(s)
+        if block.kept:
+            breaks.add(s + 1)
     for i, block in enumerate(trace.blocks):
         reader = site.get(i)
         for producer in block.skips_from:

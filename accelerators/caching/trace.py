@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Stream:
     """A tensor that enters a block and leaves it in the same shape.
 
     `index` is the same for one stream along a chain; `slot` is its place in the block's output (None where the output is the
-    tensor itself).
+    tensor itself); `aliased` if the block returns the very tensor that it was given.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Stream:
     slot: int | None
     shape: tuple[int, ...]
     dtype: torch.dtype
+    aliased: bool = False
 
     @property
     def bytes(self) -> int:
@@ -69,6 +71,7 @@ class Block:
         streams: What a cache would keep.
         form: Output form: 'tensor', or 'tuple' / 'list' with `width` entries.
         skips_from: Indices of earlier blocks, other than the one before, whose output this block reads.
+        kept: Whether the model holds on to its output for something other than a block, so that the output must be right.
         in_place: Whether it changes its input.
         seconds: Time of one call on the bare denoiser.
         reason: Why it cannot be cached, or None.
@@ -83,6 +86,7 @@ class Block:
     form: str = "tensor"
     width: int = 1
     skips_from: tuple[int, ...] = ()
+    kept: bool = False
     in_place: bool = False
     reason: str | None = None
     parts: tuple[Part, ...] = ()
@@ -139,6 +143,7 @@ class Trace:
                 "seconds": b.seconds,
                 "bytes": b.bytes,
                 "streams": [[str(s.position), list(s.shape)] for s in b.streams],
+                "kept": b.kept,
                 "in_place": b.in_place,
                 "skips_from": list(b.skips_from),
                 "reason": b.reason,
@@ -155,6 +160,8 @@ class Trace:
             notes = [f"{p.kind}={p.path.removeprefix(block.path + '.')}" for p in block.parts]
             if block.in_place:
                 notes.append("in place")
+            if block.kept:
+                notes.append("output kept")
             if block.skips_from:
                 notes.append(f"reads block {', '.join(map(str, block.skips_from))}")
             rows.append(
@@ -174,7 +181,8 @@ class Trace:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         offered = self.offered
         share = sum(self.blocks[i].seconds for i in offered) / self.seconds if self.seconds else 0.0
-        head = f"{self.model}: {len(self.blocks)} blocks in {len(self.chains)} chains, {len(offered)} can be cached ({100 * share:.0f}% of {1e3 * self.seconds:.1f} ms)"
+        head = f"{self.model}: {len(self.blocks)} blocks in {len(self.chains)} chains, {len(offered)} can be cached"
+        head += f" ({100 * share:.0f}% of {1e3 * self.seconds:.1f} ms)"
         return "\n".join([head, *lines])
 
 
@@ -221,6 +229,9 @@ class _Called:
     gaps: dict[Position, Tensor]
     outputs: dict[int | None, weakref.ref[Tensor]] = field(default_factory=dict)
     shapes: dict[int | None, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    aliases: set[int | None] = field(default_factory=set)
+    versions: dict[int | None, int | None] = field(default_factory=dict)
+    kept: bool = False
     form: str = "tensor"
     width: int = 1
     in_place: tuple[Position, ...] = ()
@@ -253,6 +264,8 @@ class _Watcher:
         self.candidates = list(block_lists(denoiser))
         self.inside: _Called | None = None
         self.seconds = 0.0
+        self.copies: dict[int | None, Tensor] = {}
+        self.latest: list[Tensor] = []  # the last call's outputs, which the model may have let go of when it added to them
 
     def handlers(self) -> dict[nn.Module, Callable[..., Any]]:
         handlers: dict[nn.Module, Callable[..., Any]] = {}
@@ -278,7 +291,8 @@ class _Watcher:
             for position, tensor in inputs.items():
                 source = self._source(tensor)
                 if source is not None:
-                    called.sources[position] = source
+                    if not self._changed(tensor, source):
+                        called.sources[position] = source
                 elif self.calls:
                     # A new object: what is it beyond what the block before returned in this shape?
                     for slot, reference in self.calls[-1].outputs.items():
@@ -287,6 +301,7 @@ class _Watcher:
                             called.gaps[position] = (tensor - before).double()
                             called.sources.setdefault(position, (-1, slot))
                             break
+            self._find_kept()
             versions = {position: version_of(t) for position, t in inputs.items()}
             copies = {position: t.clone() for position, t in inputs.items() if versions[position] is None}
             outer, self.inside = self.inside, called
@@ -305,6 +320,7 @@ class _Watcher:
                 for position, t in inputs.items()
                 if (not torch.equal(copies[position], t) if position in copies else version_of(t) != versions[position])
             )
+            self.copies, self.latest = {}, []
             if isinstance(out, Tensor):
                 entries: dict[int | None, Any] = {None: out}
             elif type(out) in (tuple, list):
@@ -315,7 +331,13 @@ class _Watcher:
             for slot, value in entries.items():
                 if isinstance(value, Tensor):
                     called.outputs[slot] = weakref.ref(value)
+                    self.latest.append(value)
                     called.shapes[slot] = (tuple(value.shape), value.dtype)
+                    called.versions[slot] = version_of(value)
+                    if called.versions[slot] is None:
+                        self.copies[slot] = value.clone()
+                    if any(value is tensor for tensor in inputs.values()):
+                        called.aliases.add(slot)
                 elif value is not None:
                     called.form = "other"
             self.calls.append(called)
@@ -342,6 +364,22 @@ class _Watcher:
             return out
 
         return handle
+
+    def _changed(self, tensor: Tensor, source: tuple[int, int | None]) -> bool:
+        """Whether the model has changed a block's output in place before this call: then the link is none."""
+        index, slot = source
+        if index != len(self.calls) - 1:
+            return False
+        version = self.calls[index].versions[slot]
+        return not torch.equal(self.copies[slot], tensor) if version is None else version_of(tensor) != version
+
+    def _find_kept(self) -> None:
+        """An output that outlives the call of the block after it is held by the model for later."""
+        for called in self.calls[:-1]:
+            for slot, reference in called.outputs.items():
+                tensor = reference()
+                if tensor is not None and slot not in called.aliases and not any(tensor is other for other in self.latest):
+                    called.kept = True
 
     def _source(self, tensor: Tensor) -> tuple[int, int | None] | None:
         for index in range(len(self.calls) - 1, -1, -1):
@@ -393,30 +431,23 @@ def trace_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
 
-    def run(value: Tensor) -> _Watcher:
-        watcher = _Watcher(denoiser)
+    def run(value: Tensor, watcher: _Watcher | None) -> float:
         new_args, new_kwargs = list(args), dict(kwargs)
         if isinstance(position, int):
             new_args[position] = value
         else:
             new_kwargs[position] = value
         synchronise(latents)
-        with torch.no_grad(), intercept(watcher.handlers()):
-            denoiser(*new_args, **new_kwargs)
-        synchronise(latents)
-        return watcher
-
-    def bare() -> float:
-        synchronise(latents)
         began = time.perf_counter()
-        with torch.no_grad():
-            denoiser(*args, **kwargs)
+        with torch.no_grad(), intercept(watcher.handlers() if watcher is not None else {}):
+            denoiser(*new_args, **new_kwargs)
         synchronise(latents)
         return time.perf_counter() - began
 
-    first = run(latents)
-    second = run(latents + noise)
-    seconds = bare()
+    first, second = _Watcher(denoiser), _Watcher(denoiser)
+    # A denoiser in training mode draws dropout masks: the run that follows must draw the same as without a trace.
+    with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
+        seconds = min(run(latents.clone(), first), run(latents + noise, second), run(latents.clone(), None))
     return _assemble(denoiser, first, second, seconds, latents)
 
 
@@ -432,7 +463,7 @@ def _assemble(denoiser: nn.Module, first: _Watcher, second: _Watcher, seconds: f
     names: dict[int | None, int] = {}  # output slot of the block before -> stream index
     for i, called in enumerate(calls):
         other = second.calls[i] if same else called
-        gap, carried = _gap(calls, i, other, flows)
+        gap = _gap(calls, i, other, flows)
         streams: list[Stream] = []
         taken: dict[int | None, int] = {}
         fresh = max(names.values(), default=-1) + 1 if gap != "seam" else 0
@@ -444,7 +475,7 @@ def _assemble(denoiser: nn.Module, first: _Watcher, second: _Watcher, seconds: f
             else:
                 index, fresh = fresh, fresh + 1
             taken[slot] = index
-            streams.append(Stream(index, at, slot, shape, dtype))
+            streams.append(Stream(index, at, slot, shape, dtype, slot in called.aliases))
         moved = not same or any(not torch.equal(called.sums[at], other.sums[at]) for at in flows[i])
         reason = _reason(called, counts, flows[i], moved)
         if reason is None:
@@ -464,24 +495,35 @@ def _assemble(denoiser: nn.Module, first: _Watcher, second: _Watcher, seconds: f
                 form=called.form,
                 width=called.width,
                 skips_from=tuple(skips),
+                kept=called.kept,
                 in_place=bool(set(called.in_place) & set(flows[i])),
                 reason=reason,
                 parts=tuple(p for p in (other.parts if same else called.parts)),
             )
         )
         names = taken
-    # The watched passes are slowed by the watching: block times are scaled so that they cannot exceed the bare pass.
-    total = sum(block.seconds for block in blocks)
-    scale = min(1.0, seconds / total) if total else 1.0
-    if scale < 1.0:
-        blocks = [_with_seconds(block, block.seconds * scale) for block in blocks]
+    read = {producer for block in blocks for producer in block.skips_from}
+    # At a seam every span ends anyway, and the model's variables may well outlive it.
+    inside = [i + 1 < len(blocks) and blocks[i + 1].gap != "seam" for i in range(len(blocks))]
+    kept = [block.kept and inside[i] and i not in read for i, block in enumerate(blocks)]
+    if any(kept) and inside[-2]:
+        kept[-2] = True  # no call comes after the last one that could show whether this output is held as well
+    # The watched passes are slowed by the watching: block times are scaled so that they cannot exceed the fastest pass.
+    times = _typical(blocks, [type(called.module) for called in calls])
+    scale = min(1.0, seconds / total) if (total := sum(times)) else 1.0
+    blocks = [replace(block, seconds=t * scale, kept=k) for block, t, k in zip(blocks, times, kept, strict=True)]
     made = tuple(Chain(tuple(c), len({s.index for i in c for s in blocks[i].streams})) for c in chains)
-    dtype = str(latents.dtype).removeprefix("torch.")
-    return Trace(type(denoiser).__name__, config_hash(denoiser), tuple(blocks), made, seconds, dtype, tuple(latents.shape))
+    precision = str(latents.dtype).removeprefix("torch.")
+    return Trace(type(denoiser).__name__, config_hash(denoiser), tuple(blocks), made, seconds, precision, tuple(latents.shape))
 
 
-def _with_seconds(block: Block, seconds: float) -> Block:
-    return Block(**{**{name: getattr(block, name) for name in block.__dataclass_fields__}, "seconds": seconds})
+def _typical(blocks: list[Block], kinds: list[type]) -> list[float]:
+    """Block times without the noise of the clock: blocks of one class, size and shape take the median of their times."""
+    groups: dict[Any, list[float]] = {}
+    keys = [(kind, b.parameters, tuple(s.shape for s in b.streams), len(b.skips_from)) for kind, b in zip(kinds, blocks, strict=True)]
+    for key, block in zip(keys, blocks, strict=True):
+        groups.setdefault(key, []).append(block.seconds)
+    return [statistics.median(groups[key]) for key in keys]
 
 
 def _flows(calls: list[_Called]) -> list[dict[Position, int | None]]:
@@ -513,26 +555,26 @@ def _flows(calls: list[_Called]) -> list[dict[Position, int | None]]:
     return flows
 
 
-def _gap(calls: list[_Called], i: int, other: _Called, flows: list[dict[Position, int | None]]) -> tuple[str, bool]:
+def _gap(calls: list[_Called], i: int, other: _Called, flows: list[dict[Position, int | None]]) -> str:
     """What lies between call i - 1 and call i, over the streams of call i."""
     called = calls[i]
     if i == 0 or not flows[i]:
-        return "seam", False
+        return "seam"
     kind = "linked"
     for position in flows[i]:
         source = called.sources.get(position)
         if source is None or source[0] not in (i - 1, -1):
-            return "seam", False
+            return "seam"
         if source[0] == -1:
             difference, again = called.gaps.get(position), other.gaps.get(position)
             # An addition adds the same whatever the latents are; a norm or a change of layout does not.
             if difference is None or again is None or difference.shape != again.shape:
-                return "seam", False
+                return "seam"
             scale = difference.abs().max().clamp_min(1e-12)
             if bool((difference - again).abs().max() > 1e-2 * scale):
-                return "seam", False
+                return "seam"
             kind = "added"
-    return kind, True
+    return kind
 
 
 def _reason(called: _Called, counts: dict[str, int], flow: dict[Position, int | None], moved: bool) -> str | None:

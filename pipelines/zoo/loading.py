@@ -17,7 +17,11 @@ MODELS = ("shapes",)
 DEFAULTS_FILE = "hasten.json"
 """Beside a pipeline's `model_index.json`: the call that the model was trained for and is judged with."""
 
-_DEFAULTS = {"steps": ("num_inference_steps", int), "guidance_scale": ("guidance_scale", float), "max_sequence_length": ("max_sequence_length", int)}
+_DEFAULTS = {
+    "steps": ("num_inference_steps", int),
+    "guidance_scale": ("guidance_scale", float),
+    "max_sequence_length": ("max_sequence_length", int),
+}
 
 
 def path_of(name: str) -> Path:
@@ -52,7 +56,7 @@ def load(name: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(path_of(name), torch_dtype=dtype or torch.float32, local_files_only=True)
+    return DiffusionPipeline.from_pretrained(path_of(name), dtype=dtype or torch.float32, local_files_only=True)
 
 
 def call_defaults(folder: Path) -> dict[str, Any]:

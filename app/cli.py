@@ -1,0 +1,348 @@
+"""The `hasten` command: its words and options. What a command does stands in the modules beside this one.
+
+torch and diffusers are imported by the commands that need them, after everything that can be checked without them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hasten._version import __version__
+from hasten.app import errors
+from hasten.app.options import (
+    DRAWING,
+    OUTPUT,
+    BatchOption,
+    BoundaryOption,
+    CachedOption,
+    CaptionOption,
+    DeviceOption,
+    DtypeOption,
+    GuidanceOption,
+    IntervalOption,
+    JsonFlag,
+    MethodOption,
+    ModelName,
+    ModelOption,
+    PlanOption,
+    PresetOption,
+    SeedOption,
+    SizeOption,
+    StepsOption,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from hasten.app.output import Outcome
+
+SAMPLE_CAPTION = "a small red circle left of a large blue square"
+"""What a model is called with where only its blocks are of interest."""
+
+BENCHMARKS = ("caching",)
+
+
+class OneLineErrors(TyperGroup):
+    """Says every error in one line, with the exit codes of `hasten.app.errors`."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Runs the command line and exits."""
+        code: object
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except (typer.Abort, KeyboardInterrupt):
+            code = errors.INTERRUPTED
+        except Exception as error:
+            code = errors.report(error)
+        if code == errors.INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        sys.exit(code if isinstance(code, int) else errors.OK)
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+plan_app = typer.Typer(rich_markup_mode="rich")
+app.add_typer(plan_app, name="plan", help="Look at plan files: which block is computed at which step.")
+
+
+def _help_if_bare(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(errors.USAGE)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"hasten {__version__}")
+        raise typer.Exit(errors.OK)
+
+
+def _finish(outcome: Outcome, as_json: bool) -> None:
+    raise typer.Exit(outcome.show(as_json))
+
+
+@app.callback(invoke_without_command=True)
+def hasten(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Makes diffusers pipelines faster without forking them.
+
+    [bold]Start here[/bold]
+
+    \b
+    hasten generate "a small red circle" --compare  # plain and accelerated
+    hasten explain shapes                           # what would be cached
+    hasten verify MODEL --prompts FILE              # your own: time and error
+    hasten doctor                                   # what is missing
+
+    Exit codes: 0 done, 1 a failure in the work, 2 bad input. HASTEN_DEBUG=1 shows tracebacks.
+    """
+    _help_if_bare(context)
+
+
+@plan_app.callback(invoke_without_command=True)
+def plan(context: typer.Context) -> None:
+    """Look at plan files: which block is computed at which step."""
+    _help_if_bare(context)
+
+
+@app.command()
+def generate(
+    captions: Annotated[list[str] | None, typer.Argument(metavar="CAPTION...", help="What to draw; each caption is a picture.")] = None,
+    captions_file: Annotated[
+        Path | None, typer.Option("--captions", "-f", metavar="FILE", help="More captions, one a line.", show_default=False)
+    ] = None,
+    model: ModelOption = "shapes",
+    method: MethodOption = None,
+    interval: IntervalOption = None,
+    cached: CachedOption = None,
+    boundary: BoundaryOption = None,
+    preset: PresetOption = None,
+    plan: PlanOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    size: SizeOption = None,
+    batch: BatchOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Draw plain, accelerated and fewer steps in turns; write one picture of them all.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the pictures.", rich_help_panel=OUTPUT)] = Path(
+        "hasten-out"
+    ),
+    save_plan: Annotated[
+        Path | None, typer.Option("--save-plan", metavar="FILE", help="Save what was executed, for --plan.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Draw pictures from captions, accelerated.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten generate "a small red circle" "a blue square above a red cross"
+    hasten generate "a small red circle" --compare
+    hasten generate --captions captions.txt --interval 3 --cached 0.5
+    hasten generate "a cat" -m PixArt-alpha/PixArt-XL-2-512x512 --steps 20
+    hasten generate "a small red circle" --save-plan plan.safetensors
+    hasten generate "a large green cross" --plan plan.safetensors
+
+    Every PNG holds its caption, seed and settings as text.
+    """
+    from hasten.app import generate as work
+    from hasten.app.setup import Options
+
+    wanted = work.gather_captions(captions or [], captions_file)
+    options = Options(
+        model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device
+    )  # fmt: skip
+    _finish((work.compare if compare else work.generate)(options, wanted, out, save_plan), json)
+
+
+@app.command()
+def verify(
+    model: ModelName,
+    prompts: Annotated[Path, typer.Option("--prompts", "-f", metavar="FILE", help="Captions, one a line.", rich_help_panel=DRAWING)],
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Only the first N captions of the file.", rich_help_panel=DRAWING)
+    ] = None,
+    method: MethodOption = None,
+    interval: IntervalOption = None,
+    cached: CachedOption = None,
+    boundary: BoundaryOption = None,
+    preset: PresetOption = None,
+    plan: PlanOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    size: SizeOption = None,
+    batch: BatchOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds", metavar="N", help="Times are medians of N rounds. Default: 3 if a round is short, else 1.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="A page with all pictures inside it.", rich_help_panel=OUTPUT)
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Measure acceleration on your own pipeline and captions.
+
+    Draws every caption plainly, accelerated, and plainly with so few steps that the same fraction is computed, from the same noise and in
+    turns: time, error, PSNR, and the pictures side by side.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten verify shapes --prompts captions.txt --interval 3
+    hasten verify ./my-pipeline --prompts captions.txt --limit 8 --html page.html
+    hasten verify ./my-pipeline --prompts captions.txt --plan plan.safetensors --json
+    """
+    from hasten.app.drawing import check_number
+    from hasten.app.generate import gather_captions
+    from hasten.app.setup import Options
+    from hasten.app.verify import verify as work
+
+    check_number("--limit", limit, 1, whole=True)
+    check_number("--rounds", rounds, 1, whole=True)
+    wanted = gather_captions([], prompts, "--prompts")[:limit]
+    options = Options(
+        model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device
+    )  # fmt: skip
+    _finish(work(options, wanted, html, rounds), json)
+
+
+@app.command()
+def trace(
+    model: ModelName,
+    caption: CaptionOption = SAMPLE_CAPTION,
+    size: SizeOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Show a model's blocks: their chains and streams, what they cost, and which can be cached.
+
+    [bold]Example[/bold]
+
+    \b
+    hasten trace shapes
+    """
+    from hasten.app.inspect_model import trace as work
+    from hasten.app.setup import Options
+
+    _finish(work(Options(model, "none", size=parse_size(size), dtype=dtype, device=device), caption), json)
+
+
+@app.command()
+def explain(
+    model: ModelName,
+    caption: CaptionOption = SAMPLE_CAPTION,
+    method: MethodOption = None,
+    interval: IntervalOption = None,
+    cached: CachedOption = None,
+    boundary: BoundaryOption = None,
+    preset: PresetOption = None,
+    plan: PlanOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    size: SizeOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Say before a run what a method will cache, what that can save, and why something is not cached.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten explain shapes
+    hasten explain ./my-pipeline --interval 3 --cached 20 --steps 28
+    """
+    from hasten.app.inspect_model import explain as work
+    from hasten.app.setup import Options
+
+    options = Options(
+        model, method, interval, cached, boundary, preset, plan, steps, guidance, size=parse_size(size), dtype=dtype, device=device
+    )  # fmt: skip
+    _finish(work(options, caption), json)
+
+
+@plan_app.command("show")
+def plan_show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan, from `hasten generate --save-plan` or `Plan.save`.")],
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE", help="Draw it as a heat map.", rich_help_panel=OUTPUT)] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Show a plan as a table, with the facts that it is bound to."""
+    from hasten.app.plans import show
+
+    _finish(show(file, png), json)
+
+
+@plan_app.command("diff")
+def plan_diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A plan.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    json: JsonFlag = False,
+) -> None:
+    """Say what differs between two plans."""
+    from hasten.app.plans import diff
+
+    _finish(diff(first, second), json)
+
+
+@app.command()
+def doctor(json: JsonFlag = False) -> None:
+    """List versions, devices and models: what is here, and what to install for the rest."""
+    from hasten.app.doctor import doctor as work
+
+    _finish(work(), json)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="|".join(BENCHMARKS), help="Which benchmark.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller settings: at most ten minutes on two cores.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write rows and bars as JSON.")] = None,
+) -> None:
+    """Run a benchmark: variants in turns in one run, compared as ratios.
+
+    [bold]Example[/bold]
+
+    \b
+    hasten bench caching --quick --json caching.json
+    """
+    from importlib import import_module
+
+    from hasten.app.files import check_target
+
+    if name not in BENCHMARKS:
+        raise errors.BadInput(f"NAME must be one of {', '.join(BENCHMARKS)}, not {name!r}")
+    if json is not None:
+        check_target("--json", json)
+    raise typer.Exit(import_module(f"hasten.benchmarks.{name}").run(quick, json))
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="hasten")
