@@ -47,7 +47,7 @@ from hasten.benchmarks.harness import (
     write_text,
 )
 from hasten.benchmarks.subjects import SIZES, Costs, Output, RandomSubject, ShapesSubject, Subject
-from hasten.pipelines import zoo
+from hasten.pipelines.zoo.loading import path_of
 from hasten.pipelines.zoo.shapes import verify
 
 ALL_COMPUTE_LIMIT, FORCE_STORE_LIMIT, BOUND_LIMIT = 1.01, 1.03, 0.95
@@ -67,7 +67,6 @@ class Settings:
         parts: "shapes", "xl", or both.
         captions, batch: Captions in all, and how many make one call. A round is one call of every variant.
         steps: DDIM steps on `shapes`.
-        guidance_scale: Classifier-free guidance; the default of `PixArtAlphaPipeline`.
         converged, converged_rounds: Steps of the converged reference, and in how many rounds it is computed.
         methods: Delta-DiT settings on `shapes`.
         xl_size, xl_steps, xl_rounds, xl_methods: The same for the random denoiser (batch 2: one picture under guidance).
@@ -85,7 +84,6 @@ class Settings:
     overhead_rounds: int
     parts: tuple[str, ...] = ("shapes", "xl")
     steps: int = 50
-    guidance_scale: float = 4.5
     converged: int = 500
     converged_rounds: int = 0
     xl_size: str = "xl"
@@ -356,11 +354,6 @@ def _doubt(low: float, high: float, limit: float) -> str:
 # ------------------------------------------------------------------------------------------------------------------- run
 
 
-def shapes_folder() -> Path:
-    """Where the `shapes` pipeline lies in this installation."""
-    return Path(zoo.__file__).parent / "weights" / "shapes"
-
-
 def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Results:
     """Measures and returns the results, rows and bars filled in.
 
@@ -370,11 +363,13 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
     Raises:
         BenchError: The folder holds no pipeline.
     """
-    folder = model if model is not None else shapes_folder()
-    if "shapes" in settings.parts and not (folder / "model_index.json").is_file():
-        raise BenchError(
-            f"model: no diffusers pipeline in {folder} (no model_index.json); train it with recipes/shapes.py, or use --only xl"
-        )
+    if model is not None and not (model / "model_index.json").is_file():
+        raise BenchError(f"--model: no diffusers pipeline in {model} (there is no model_index.json)")
+    if "shapes" in settings.parts:
+        try:
+            folder = model if model is not None else path_of("shapes")
+        except FileNotFoundError as error:
+            raise BenchError(f"{error}; `python -m hasten.benchmarks.caching --only xl` runs without them") from None
     results = Results("caching", quick, settings={**asdict(settings), "block_share": {}})
     results.settings["methods"] = [str(m) for m in settings.methods]
     results.settings["xl_methods"] = [str(m) for m in settings.xl_methods]
@@ -386,9 +381,8 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
             return lambda: bar.advance(task)
 
         if "shapes" in settings.parts:
-            shapes = ShapesSubject(
-                folder, captions=settings.captions, batch=settings.batch, steps=settings.steps, guidance_scale=settings.guidance_scale
-            )
+            shapes = ShapesSubject(folder, captions=settings.captions, batch=settings.batch, steps=settings.steps)
+            results.settings["guidance_scale"] = shapes.guidance_scale
             rounds = settings.captions // settings.batch
             measured = measure(
                 shapes,
@@ -405,7 +399,7 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
             results.settings["block_share"][shapes.name] = measured.costs.share
             del shapes, measured
         if "xl" in settings.parts:
-            subject = RandomSubject(settings.xl_size, steps=settings.xl_steps, guidance_scale=settings.guidance_scale)
+            subject = RandomSubject(settings.xl_size, steps=settings.xl_steps)
             measured = measure(
                 subject,
                 settings.xl_methods,

@@ -25,10 +25,14 @@ from hasten.accelerators.dispatch import Call, Handler, intercept
 from hasten.accelerators.scheduler_hook import hooked
 from hasten.benchmarks.harness import Timing
 from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, trace
+from hasten.pipelines.zoo.loading import call_defaults
 from hasten.pipelines.zoo.shapes.world import sample_scenes
 
 CAPTION_SEED, NOISE_SEED, WEIGHT_SEED = 20_260_101, 20_260_102, 20_260_103
 """Fixed before the first measurement."""
+
+GUIDANCE_SCALE = 4.5
+"""The default of `PixArtAlphaPipeline`, where a model recommends none of its own."""
 
 SIZES = {"tiny": (4, 2, 16), "s": (12, 6, 64), "b": (12, 12, 64), "l": (24, 16, 64), "xl": (28, 16, 72)}
 """Blocks, heads and width of a head: the DiT sizes, of which "xl" is PixArt-alpha's, and one to try things out."""
@@ -139,16 +143,18 @@ class _LoopClock:
 
 
 class ShapesSubject(Subject):
-    """The pipeline that ships, loaded by plain diffusers."""
+    """The pipeline that ships, loaded by plain diffusers in fp32, called as its folder recommends."""
 
     name = "shapes"
 
-    def __init__(self, folder: Path, *, captions: int, batch: int, steps: int, guidance_scale: float) -> None:
+    def __init__(self, folder: Path, *, captions: int, batch: int, steps: int) -> None:
         from diffusers import DiffusionPipeline
 
-        self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        self.pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         self.pipe.set_progress_bar_config(disable=True)
-        self.steps, self.batch, self.guidance_scale = steps, batch, guidance_scale
+        self.steps, self.batch = steps, batch
+        self.defaults = {"guidance_scale": GUIDANCE_SCALE, **call_defaults(folder)}
+        self.guidance_scale: float = self.defaults["guidance_scale"]
         scenes = sample_scenes(captions, torch.Generator().manual_seed(CAPTION_SEED), held_out=False, placed=False)
         self.captions = [str(caption) for caption in scenes.captions()]
         size, channels = self.pipe.transformer.config.sample_size, self.pipe.transformer.config.in_channels
@@ -160,9 +166,9 @@ class ShapesSubject(Subject):
     def _arguments(self, r: int, steps: int) -> dict[str, Any]:
         part = slice(r * self.batch, (r + 1) * self.batch)
         return {
+            **self.defaults,
             "prompt": self.captions[part],
             "num_inference_steps": steps,
-            "guidance_scale": self.guidance_scale,
             "latents": self.noise[part].to(self.pipe.transformer.dtype),
             "output_type": "pt",
             "clean_caption": False,
@@ -202,10 +208,10 @@ class RandomSubject(Subject):
 
     TEXT = (120, 4096)
 
-    def __init__(self, size: str, *, steps: int, guidance_scale: float) -> None:
+    def __init__(self, size: str, *, steps: int) -> None:
         from diffusers import DDIMScheduler
 
-        self.name, self.steps, self.guidance_scale = size, steps, guidance_scale
+        self.name, self.steps = size, steps
         blocks, heads, width = SIZES[size]
         self.denoiser = random_denoiser(blocks, heads, width, self.TEXT[1])
         self.scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
@@ -234,7 +240,7 @@ class RandomSubject(Subject):
                 at(i)
             out = self.denoiser(torch.cat([latents] * 2), **self._inputs(t))[0].chunk(2, dim=1)[0]
             without, given = out.chunk(2)
-            latents = self.scheduler.step(without + self.guidance_scale * (given - without), t, latents, return_dict=False)[0]
+            latents = self.scheduler.step(without + GUIDANCE_SCALE * (given - without), t, latents, return_dict=False)[0]
         seconds = time.perf_counter() - began
         return Timing(seconds, seconds, time.process_time() - processor_began), latents
 

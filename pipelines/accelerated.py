@@ -50,7 +50,7 @@ def parse_bytes(value: int | str | None) -> int | None:
     """
     if value is None or isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
     if match is None:
         raise ValueError(f"state_budget must be a number of bytes or a text such as '2GiB' or '500MB', not {value!r}")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
@@ -126,7 +126,8 @@ class _Clock:
         if self._steps is None:
             begin = getattr(self.scheduler, "begin_index", None)
             if begin is None:
-                begin = _first_index(timesteps, self._scaled, args, kwargs)
+                # A denoiser for the late steps is first called when some are done.
+                begin = max(0, _index_of(timesteps, self._scaled, args, kwargs) - self._calls)
             self._steps = math.ceil((len(timesteps) - int(begin)) / self.order)
             facts: dict[str, Any] = {"scheduler": type(self.scheduler).__name__, "order": self.order}
             sigmas = noise_levels(self.scheduler)
@@ -150,9 +151,9 @@ def noise_levels(scheduler: Any) -> np.ndarray | None:
     return ((1 - at) / at).sqrt().numpy()
 
 
-def _first_index(timesteps: Any, scaled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Where the run begins when the scheduler does not say (image-to-image): at the timestep for which the latents were scaled, else at
-    the one that the denoiser is given, as it stands or as a fraction of 1000."""
+def _index_of(timesteps: Any, scaled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which timestep a denoiser call is for, where the scheduler does not say: the one for which the latents were scaled, else the one
+    that the denoiser is given, as it stands or as a fraction of 1000; the first if that is none of them."""
     values = torch.as_tensor(timesteps).double().cpu()
     named = [kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs] + list(args[1:])
     for value in (scaled, *named):
@@ -177,7 +178,7 @@ class AcceleratedPipeline:
     Attributes:
         pipe: The pipeline, unchanged.
         method: The method or plan.
-        report: What the last run did (of the first denoiser, where there are several; `reports` has all by name).
+        report: What the last run did (of the first denoiser, where there are several; `reports` has all that were called by name).
         trace: The denoiser's trace, None before the first run.
     """
 

@@ -123,7 +123,7 @@ def train_vae(work: Path) -> None:
     save(path, model=vae.state_dict(), step=VAE_STEPS)
 
 
-DECODER_STEPS, DECODER_BATCH, DECODER_RATE, DECODER_NOISE = 2500, 32, 6e-4, 0.3
+DECODER_STEPS, DECODER_BATCH, DECODER_RATE, DECODER_NOISE = 1600, 32, 6e-4, 0.25
 
 
 def train_decoder(work: Path) -> None:
@@ -160,7 +160,9 @@ def train_decoder(work: Path) -> None:
             loss = F.mse_loss(out, pictures) + 0.3 * F.l1_loss(out, pictures)
             loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = DECODER_RATE * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / DECODER_STEPS)))
+                group["lr"] = (
+                    DECODER_RATE * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / DECODER_STEPS)))
+                )
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -267,7 +269,7 @@ def train_text(work: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- denoiser
 
-STEPS, BATCH, RATE, EMA = 20_000, 128, 2e-3, 0.999
+STEPS, BATCH, RATE, EMA = 3_600, 128, 2e-3, 0.999
 WIDTH, HEADS, LAYERS, ALIGN_AT = 192, 4, 7, 3
 DROP_CAPTION = 0.1
 POOL, REUSE, REFILL = 65_536, 5, 256
@@ -533,7 +535,8 @@ def export(work: Path, samples: int) -> None:
     # transformers loads in the dtype that the config names, diffusers in fp32: they must agree when neither is told.
     config = json.loads((scratch / "text_encoder" / "config.json").read_text())
     (scratch / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-    (scratch / "hasten.json").write_text(json.dumps(SAMPLING, indent=2) + "\n")
+    recommended = {"steps": SAMPLING["num_inference_steps"], **{k: SAMPLING[k] for k in ("guidance_scale", "max_sequence_length")}}
+    (scratch / "hasten.json").write_text(json.dumps(recommended, indent=2) + "\n")
     pipe = DiffusionPipeline.from_pretrained(scratch)
     pipe.set_progress_bar_config(disable=True)
     results: dict[str, Any] = {"step": state["step"], "samples": state["step"] * BATCH, "git": git_hash()}
@@ -559,34 +562,55 @@ def export(work: Path, samples: int) -> None:
 
 
 def git_hash() -> str:
-    return subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return (
+        subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    )
+
+
+CARD = """# shapes
+
+A text-to-image diffusion transformer for a world whose truth can be checked exactly: an unmodified `PixArtAlphaPipeline`
+(epsilon prediction, 8x8x4 latents of its own VAE, T5 encoder and tokenizer of its own), trained from nothing by
+`recipes/shapes.py`.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("pipelines/zoo/weights/shapes")
+caption = "a small red circle left of a blue square"
+image = pipe(caption, num_inference_steps={steps}, guidance_scale={guidance}, use_resolution_binning=False).images[0]
+```
+
+Denoiser: {layers} blocks of width {width}, {trained} steps of {batch} pictures ({samples:,} in all), git {git}.
+Figures: {steps}-step DDIM, guidance {guidance}, judged by `hasten.pipelines.zoo.shapes.verify`.
+
+| captions | number | fully correct | one object | two | three | objects | colour | shape | size | relation |
+|---|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+The training log is `training_log.jsonl`; the figures are in `results.json`.
+"""
 
 
 def card(results: dict[str, Any]) -> str:
     """The model card; every figure in it was measured by `export` on the saved weights."""
-    lines = [
-        "# shapes",
-        "",
-        "A text-to-image diffusion transformer for a world whose truth can be checked exactly: an unmodified `PixArtAlphaPipeline`",
-        "(epsilon prediction, 8x8x4 latents of its own VAE, T5 encoder and tokenizer of its own), trained from nothing by `recipes/shapes.py`.",
-        "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        'pipe = DiffusionPipeline.from_pretrained("pipelines/zoo/weights/shapes")',
-        'image = pipe("a small red circle left of a blue square", num_inference_steps=50, guidance_scale=3.0, use_resolution_binning=False).images[0]',
-        "```",
-        "",
-        f"Denoiser: {LAYERS} blocks of width {WIDTH}, {results['step']} steps of {BATCH} pictures ({results['samples']:,} in all), git {results['git']}.",
-        f"Figures: {SAMPLING['num_inference_steps']}-step DDIM, guidance {SAMPLING['guidance_scale']}, judged by `hasten.pipelines.zoo.shapes.verify`.",
-        "",
-        "| captions | number | fully correct | one object | two | three | objects | colour | shape | size | relation |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, title in (("unseen", "never seen in training"), ("held_out", "held-out combinations")):
         row = results[name]
-        cells = [row["correct"], *row["by_count"].values(), *(row["by_attribute"][k] for k in ("objects", "colour", "shape", "size", "relation"))]
-        lines.append(f"| {title} | {row['captions']} | " + " | ".join(f"{100 * cell:.1f}%" for cell in cells) + " |")
-    return "\n".join([*lines, "", "The training log is `training_log.jsonl`; the figures are in `results.json`.", ""])
+        attributes = [row["by_attribute"][key] for key in ("objects", "colour", "shape", "size", "relation")]
+        cells = [row["correct"], *row["by_count"].values(), *attributes]
+        rows.append(f"| {title} | {row['captions']} | " + " | ".join(f"{100 * cell:.1f}%" for cell in cells) + " |")
+    return CARD.format(
+        steps=SAMPLING["num_inference_steps"],
+        guidance=SAMPLING["guidance_scale"],
+        layers=LAYERS,
+        width=WIDTH,
+        trained=results["step"],
+        batch=BATCH,
+        samples=results["samples"],
+        git=results["git"],
+        rows="\n".join(rows),
+    )
 
 
 def main() -> None:

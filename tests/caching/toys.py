@@ -100,3 +100,55 @@ class Dual(nn.Module):
 
 def chain(n: int, kind: type[Affine] = Affine, **options: Any) -> Toy:
     return Toy([kind(seed, **options) for seed in range(n)]).eval()
+
+
+class Guided(nn.Module):
+    """Blocks in a row, and a conditioning tensor that moves them."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, timestep: Any, cond: Tensor, scale: float = 1.0) -> Tensor:
+        x = x + 0.5 * scale * cond.mean(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x)
+        return x * 0.5
+
+
+def guided(n: int = 4, seed: int = 0) -> Guided:
+    return Guided([Affine(seed + s) for s in range(n)]).eval()
+
+
+class Loop:
+    """The least that can be called a pipeline: begin anywhere, one or two calls a step, perhaps a second denoiser for the late steps."""
+
+    def __init__(self, transformer: nn.Module, scheduler: Any, transformer_2: nn.Module | None = None) -> None:
+        self.transformer = transformer
+        self.scheduler = scheduler
+        if transformer_2 is not None:
+            self.transformer_2 = transformer_2
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: Tensor,
+        cond: Sequence[Tensor],
+        num_inference_steps: int = 6,
+        *,
+        begin: int = 0,
+        handover: int | None = None,
+        scale: bool = True,
+        rounds: int = 1,
+        on_step: Callable[[Loop, int], None] | None = None,
+    ) -> Tensor:
+        for _ in range(rounds):
+            self.scheduler.set_timesteps(num_inference_steps)
+            for i, t in enumerate(self.scheduler.timesteps[begin:]):
+                network = self.transformer if handover is None or i < handover else self.transformer_2
+                x = self.scheduler.scale_model_input(latents, t) if scale else latents
+                outputs = [network(x, t.expand(x.shape[0]), c) for c in cond]
+                latents = self.scheduler.step(sum(outputs) / len(outputs), t, latents, return_dict=False)[0]
+                if on_step is not None:
+                    on_step(self, i)
+        return latents
