@@ -515,12 +515,14 @@ def assemble(work: Path) -> PixArtAlphaPipeline:
 
 
 def score(pipe: PixArtAlphaPipeline, captions: list[world.Caption], seed: int = 0, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Pictures [N, 3, 64, 64] of the captions and which are fully correct [N], with one noise stream per picture."""
+    """Pictures [N, 3, 64, 64] of the captions and which are fully correct [N]: a noise of its own for each, bf16 autocast."""
     pictures = []
     for at in range(0, len(captions), batch):
         part = captions[at : at + batch]
         noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed + at + i)) for i in range(len(part))])
-        pictures.append(pipe([str(c) for c in part], latents=noise, output_type="pt", clean_caption=False, **SAMPLING).images)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = pipe([str(c) for c in part], latents=noise, output_type="pt", clean_caption=False, **SAMPLING).images
+        pictures.append(out.float())
     images = torch.cat(pictures)
     return images, verify(images, captions).correct
 
@@ -582,7 +584,7 @@ image = pipe(caption, num_inference_steps={steps}, guidance_scale={guidance}, us
 ```
 
 Denoiser: {layers} blocks of width {width}, {trained} steps of {batch} pictures ({samples:,} in all), git {git}.
-Figures: {steps}-step DDIM, guidance {guidance}, judged by `hasten.pipelines.zoo.shapes.verify`.
+Figures: {steps}-step DDIM, guidance {guidance}, under bf16 autocast, judged by `hasten.pipelines.zoo.shapes.verify`.
 
 | captions | number | fully correct | one object | two | three | objects | colour | shape | size | relation |
 |---|---|---|---|---|---|---|---|---|---|---|

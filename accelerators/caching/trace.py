@@ -271,6 +271,8 @@ class _Watcher:
         handlers: dict[nn.Module, Callable[..., Any]] = {}
         for path, module in self.candidates:
             handlers[module] = self._block_handler(path, module)
+            if compiled_whole(module):
+                continue  # its parts are called from compiled code
             for name, child in module.named_children():
                 kind = _part_kind(child)
                 if kind is not None:

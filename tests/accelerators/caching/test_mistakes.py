@@ -16,7 +16,7 @@ import hasten
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.runtime import attach
 from hasten.pipelines.accelerated import ComputeAll
-from tests.caching.toys import WIDTH, Guided, Loop, Toy, guided, randn
+from tests.accelerators.caching.toys import WIDTH, Loop, Toy, guided, randn
 from tests.families import FAMILIES, PIPELINES, flux_pipeline, lumina2_pipeline, pixart_pipeline, run, sd3_pipeline
 
 DELTA = hasten.DeltaDiT(interval=2, cached=0.6)
@@ -97,7 +97,7 @@ def test_two_wrappers_on_one_transformer(name: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["plain", "accelerated"])
-@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "lumina2"])
+@pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan", "lumina2"])
 def test_two_overlapping_runs_on_one_transformer(name: str, other: str) -> None:
     """A begins, B begins in another thread, A ends, B ends: neither sees the other, and nothing is left behind."""
     pipe, call = PIPELINES[name]()
@@ -482,6 +482,16 @@ def test_going_back_in_a_loop_of_ones_own_forgets() -> None:
     assert not session.report.reasons
 
 
+def test_going_back_to_a_step_that_reuses_computes_it() -> None:
+    net, cond, x = guided(), randn(2, 2, 3, WIDTH), randn(1, 2, 3, WIDTH)
+    with attach(net, hasten.DeltaDiT(interval=4, cached=1.0), num_inference_steps=4) as session:
+        for k in (0, 1, 2, 1, 2):
+            with session.step(k):
+                out = net(x, float(k), cond)
+    torch.testing.assert_close(out, net(x, 0.0, cond), rtol=0, atol=4e-6)
+    assert dict(session.report.reasons) == {"blocks.0 to blocks.3: nothing is stored for it yet": 1}
+
+
 def test_a_loop_that_never_says_the_step() -> None:
     net = guided()
     with attach(net, DELTA, num_inference_steps=4) as session:
@@ -494,7 +504,7 @@ def test_a_loop_that_never_says_the_step() -> None:
 # -------------------------------------------------------------------------------------------------- changes in a run
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "lumina2"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "lumina2"])
 def test_a_prompt_that_is_changed_during_the_run(name: str) -> None:
     pipe, call = PIPELINES[name]()
 
@@ -522,18 +532,18 @@ def test_an_adapter_scale_that_is_changed_during_the_run() -> None:
         for k, scale in enumerate([1.0, 1.0, 1.0, 0.5, 0.5, 0.5]):
             with session.step(k):
                 out = net(x[k], float(k), cond, scale=scale)
-                if k == 3:
-                    assert torch.equal(out, _bare(net, x[k], cond, scale))
+            start = x[k] + 0.5 * scale * cond.mean(1, keepdim=True)
+            if k in (0, 3):
+                end = start
+                for block in net.blocks:
+                    end = block(end)
+                offset = end - start
+                assert torch.equal(out, end * 0.5)
+            else:  # the offset is that of the last step with this scale
+                assert torch.equal(out, (start + offset) * 0.5)
     assert session.report.plan is not None
     assert [int(row.all()) for row in session.report.plan.actions[:, :, 0]] == [0, 1, 1, 0, 1, 1]
     assert all("conditioning changed" in reason for reason in session.report.reasons)
-
-
-def _bare(net: Guided, x: Tensor, cond: Tensor, scale: float) -> Tensor:
-    x = x + 0.5 * scale * cond.mean(1, keepdim=True)
-    for block in net.blocks:
-        x = x + block.offset(x)
-    return x * 0.5
 
 
 def test_a_batch_that_shrinks_during_the_run() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import hasten
 from hasten.accelerators.caching.segments import breaks_of
 from hasten.accelerators.caching.trace import Trace, TraceError, config_hash, trace_module
-from tests.caching.toys import WIDTH, Affine, Dual, InPlace, Scratch, Toy, Two, chain, randn
+from tests.accelerators.caching.toys import WIDTH, Affine, Dual, InPlace, Scratch, Toy, Two, chain, randn
 from tests.families import FAMILIES
 
 

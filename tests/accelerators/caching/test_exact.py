@@ -15,7 +15,7 @@ from hasten.accelerators.caching.plan import Plan
 from hasten.accelerators.caching.runtime import Session, attach, compute_all
 from hasten.accelerators.caching.trace import Trace
 from hasten.pipelines.accelerated import ComputeAll
-from tests.caching.toys import WIDTH, Affine, Dual, InPlace, Scratch, Toy, Two, chain, randn
+from tests.accelerators.caching.toys import WIDTH, Affine, Dual, InPlace, Scratch, Toy, Two, chain, randn
 from tests.families import FAMILIES, PIPELINES, run
 
 
@@ -30,7 +30,9 @@ def plan_of(rows: list[str], trace: Trace) -> Plan:
     return Plan(np.array([[int(cell == ".") for cell in row] for row in rows]), trace.sites)
 
 
-def steps(denoiser: nn.Module, method: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], **options: Any) -> tuple[list[Tensor], Session]:
+def steps(
+    denoiser: nn.Module, method: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], **options: Any
+) -> tuple[list[Tensor], Session]:
     """The outputs of one call a step."""
     outputs = []
     with attach(denoiser, method, num_inference_steps=len(calls), **options) as session:

@@ -147,7 +147,8 @@ class Loop:
             for i, t in enumerate(self.scheduler.timesteps[begin:]):
                 network = self.transformer if handover is None or i < handover else self.transformer_2
                 x = self.scheduler.scale_model_input(latents, t) if scale else latents
-                outputs = [network(x, t.expand(x.shape[0]), c) for c in cond]
+                told = t / 7 if scale else t  # a denoiser that is told the noise in another measure than the scheduler's
+                outputs = [network(x, told.expand(x.shape[0]), c) for c in cond]
                 latents = self.scheduler.step(sum(outputs) / len(outputs), t, latents, return_dict=False)[0]
                 if on_step is not None:
                     on_step(self, i)

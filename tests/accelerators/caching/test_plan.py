@@ -67,7 +67,9 @@ def test_any_change_changes_the_hash(plan: Plan, data: st.DataObject) -> None:
         changed.append(Plan(plan.actions, (plan.sites[0] + "x" * 9, *plan.sites[1:]), plan.branches, plan.facts))
     changed.append(Plan(plan.actions, plan.sites, tuple(f"{b}xxxxxxxxx" for b in plan.branches), plan.facts))
     changed.append(Plan(plan.actions, plan.sites, plan.branches, {**plan.facts, "and another": None}))
-    changed.append(Plan(np.concatenate([plan.actions, plan.actions[-1:]]), plan.sites, plan.branches, {**plan.facts, "steps": plan.steps + 1}))
+    changed.append(
+        Plan(np.concatenate([plan.actions, plan.actions[-1:]]), plan.sites, plan.branches, {**plan.facts, "steps": plan.steps + 1})
+    )
     for other in changed:
         assert other.hash != plan.hash
         assert other != plan

@@ -18,7 +18,7 @@ from hasten.accelerators.caching.runtime import Session, attach
 from hasten.accelerators.caching.segments import program, state_bytes
 from hasten.accelerators.caching.trace import TraceError
 from hasten.pipelines.accelerated import ComputeAll, parse_bytes
-from tests.caching.toys import WIDTH, Guided, InPlace, Loop, chain, guided, randn
+from tests.accelerators.caching.toys import WIDTH, Guided, InPlace, Loop, chain, guided, randn
 from tests.families import FAMILIES, PIPELINES, flux_pipeline, pixart_pipeline, run, sd3_pipeline, wan_pipeline
 
 DELTA = hasten.DeltaDiT(interval=2, cached=0.6)
@@ -115,9 +115,8 @@ def test_reasons_name_the_blocks_and_are_counted() -> None:
     net, cond = guided(), randn(2, 2, 3, WIDTH)
     trace = hasten.trace(net, randn(1, 2, 3, WIDTH), 0.0, cond)
     actions = np.array([[1, 0, 0, 0], [1, 1, 1, 0]])
-    with attach(net, Plan(actions, trace.sites), num_inference_steps=2, trace=trace) as session:
-        with session.step(1):
-            net(randn(1, 2, 3, WIDTH), 1.0, cond)
+    with attach(net, Plan(actions, trace.sites), num_inference_steps=2, trace=trace) as session, session.step(1):
+        net(randn(1, 2, 3, WIDTH), 1.0, cond)
     reasons = dict(session.report.reasons)
     assert reasons == {
         "step 0, blocks.0: computed, since it was never computed before": 1,
@@ -137,7 +136,11 @@ def test_a_measured_speedup_needs_a_baseline_of_the_same_run() -> None:
     run(fast, call)
     assert fast.report.speedup == fast.report.baseline_seconds / fast.report.seconds
     assert "x measured" in str(fast.report)
-    for other in ({"num_inference_steps": 5}, {"guidance_scale": 1.0}, {"latents": call["latents"][..., :4, :4], "height": 32, "width": 32}):
+    for other in (
+        {"num_inference_steps": 5},
+        {"guidance_scale": 1.0},
+        {"latents": call["latents"][..., :4, :4], "height": 32, "width": 32},
+    ):
         run(fast, call, **other)
         assert fast.report.speedup is None
     run(fast, call)
@@ -182,17 +185,29 @@ def test_a_budget_refuses_before_anything_is_stored() -> None:
 
 def test_a_budget_counts_every_guidance_branch() -> None:
     pipe, call = wan_pipeline()
-    needed = hasten.explain(pipe, DELTA, **call).state_bytes
-    run(hasten.accelerate(pipe, DELTA, state_budget=2 * needed), call)
-    refusing = hasten.accelerate(pipe, DELTA, state_budget=2 * needed - 1)
+    method = hasten.DeltaDiT(interval=2, cached=1.0)
+    needed = hasten.explain(pipe, method, **call).state_bytes
+    run(hasten.accelerate(pipe, method, state_budget=2 * needed), call)
+    refusing = hasten.accelerate(pipe, method, state_budget=2 * needed - 1)
     with pytest.raises(PlanError, match="state_budget"):
         run(refusing, call)
-    assert len(refusing.report.step_seconds) == 1  # in the first step, when the second branch appears
+    # In the first step, when the second branch appears, and before that one stores anything.
+    assert len(refusing.report.step_seconds) == 1 and refusing.report.state_bytes_peak == needed
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [(None, None), (5, 5), ("2GiB", 2 << 30), ("500MB", 500_000_000), ("1.5 KiB", 1536), ("7", 7), ("3 b", 3), ("1k", 1000), ("2 tib", 2 << 40)],
+    [
+        (None, None),
+        (5, 5),
+        ("2GiB", 2 << 30),
+        ("500MB", 500_000_000),
+        ("1.5 KiB", 1536),
+        ("7", 7),
+        ("3 b", 3),
+        ("1k", 1000),
+        ("2 tib", 2 << 40),
+    ],
 )
 def test_budgets_as_text(text: Any, value: int | None) -> None:
     assert parse_bytes(text) == value
@@ -309,7 +324,7 @@ def test_what_accelerate_refuses() -> None:
         hasten.accelerate(pipe, 3)
     with pytest.raises(ValueError, match="nan_check must be 'auto', 'sync' or 'off', not 'never'"):
         hasten.accelerate(pipe, DELTA, nan_check="never")
-    with pytest.raises(ValueError, match="no denoiser 'unet'.*transformer"):
+    with pytest.raises(ValueError, match=r"no denoiser 'unet'.*transformer"):
         hasten.accelerate(pipe, DELTA, denoiser="unet")
     with pytest.raises(ValueError, match="none of transformer, unet"):
         hasten.accelerate(object(), DELTA)

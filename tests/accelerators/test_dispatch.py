@@ -20,7 +20,7 @@ from hasten.accelerators.caching.trace import TraceError
 from hasten.accelerators.dispatch import compiled_whole, intercept
 from hasten.accelerators.scheduler_hook import hooked
 from hasten.pipelines.accelerated import ComputeAll
-from tests.caching.toys import WIDTH, Loop, guided, randn
+from tests.accelerators.caching.toys import WIDTH, Loop, guided, randn
 from tests.families import FAMILIES, flux_pipeline, run
 
 
