@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.families import PIPELINES
 
-PAGE = Path(__file__).parents[2] / "docs" / "caching-mistakes.md"
+PAGE = Path(__file__).parents[3] / "docs" / "caching-mistakes.md"
 
 ONE_CALL = "one call a step: there is no guidance to lay out"
 BATCHED = "guidance is one batch"
@@ -188,7 +188,7 @@ TABLE: dict[str, tuple[Mistake, ...]] = {
 def exists(test: str, pipeline: str) -> bool:
     """Whether there is such a test, and it covers the pipeline where it is told by `name` which to take."""
     module, function = test.split("::")
-    path = f"tests.{module[3:]}" if module.startswith("../") else f"tests.accelerators.caching.{module}"
+    path = f"tests.accelerators.{module[3:]}" if module.startswith("../") else f"tests.accelerators.caching.{module}"
     found = getattr(importlib.import_module(path), function, None)
     if found is None:
         return False
