@@ -1,39 +1,34 @@
 """Carries a plan out on a denoiser, for the length of one run.
 
-Every block of a reused span stays in the model's own loop and hands its input on unchanged; the last one called adds the span's
-offset. The offset is the sum of the blocks' own offsets, so whatever the model adds between two blocks (control residuals) is neither
-frozen nor doubled. All state belongs to the run and dies with it.
+The session knows the step and the guidance branch of every denoiser call, and hands the call to `forward.py`. All state belongs to
+the run and dies with it.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.branches import Branches
+from hasten.accelerators.caching.contexts import named_contexts
+from hasten.accelerators.caching.forward import BranchState, Forward, Recompute
 from hasten.accelerators.caching.plan import ALL_BRANCHES, Action, Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
-from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
+from hasten.accelerators.caching.segments import Row, program, state_bytes
 from hasten.accelerators.caching.trace import (
     Block,
-    Position,
-    Stream,
     Trace,
     TraceError,
     format_bytes,
     latents_position,
     tensors_of,
     trace_module,
-    version_of,
 )
 from hasten.accelerators.dispatch import Call, compiled_whole, intercept
 
@@ -68,107 +63,6 @@ def compute_all(trace: Trace, steps: int) -> Plan:
     """The plan that computes everything: bit-identical to the bare denoiser."""
     facts = {"model": trace.model, "config": trace.config_hash, "method": "compute-all"}
     return Plan(np.zeros((steps, len(trace.sites)), np.uint8), trace.sites, facts=facts)
-
-
-class _Sum:
-    """Collects the offset of one stream over a span.
-
-    While a block receives the very object the one before returned, unchanged, the offsets telescope and nothing is computed; where
-    something was added in between, the part so far is taken off before it.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.part: tuple[Tensor, Tensor] | None = None
-        self.versions: tuple[int | None, int | None] = (None, None)
-
-    def extend(self, before: Tensor, entered: Tensor, version: int | None, after: Tensor) -> str | None:
-        """One more block.
-
-        Args:
-            before: What it was given (a copy where the block works in place).
-            entered: The object it was given, at `version` when the block was called.
-            after: What it returned.
-
-        Returns:
-            Why the offset cannot be told, or None.
-        """
-        if self.part is not None and entered is self.part[1]:
-            if version != self.versions[1]:
-                return "the model changes the stream in place between two blocks"
-            before = self.part[0]
-            versions = self.versions[0], version_of(after)
-        else:
-            if (reason := self.close()) is not None:
-                return reason
-            if self.total is not None and (before.shape, before.dtype) != (self.total.shape, self.total.dtype):
-                return "the stream changes its shape between two blocks"
-            versions = version_of(before), version_of(after)
-        self.part, self.versions = (before, after), versions
-        # In inference mode nobody can tell whether a tensor was changed since: there every block's offset is taken at once.
-        return self.close() if versions[1] is None else None
-
-    def close(self) -> str | None:
-        """Takes the offset of the open part; the reason if that is no longer possible."""
-        if self.part is not None:
-            before, after = self.part
-            if (version_of(before), version_of(after)) != self.versions:
-                return "the model changes the stream in place between two blocks"
-            offset = after - before
-            self.total = offset if self.total is None else self.total + offset
-            self.part = None
-        return None
-
-
-@dataclass
-class _Collector:
-    """Collects a span's offsets during one forward."""
-
-    span: Span
-    sums: dict[int, _Sum] = field(default_factory=dict)
-    broken: str | None = None
-
-    def close(self) -> str | None:
-        return next((reason for total in self.sums.values() if (reason := total.close()) is not None), None)
-
-
-class _Given(NamedTuple):
-    """A stream on its way into a block: its value before the call, the object itself, and its version."""
-
-    before: Tensor | None
-    entered: Tensor | None
-    version: int | None
-
-    @classmethod
-    def of(cls, stream: Stream, tensor: Tensor | None, in_place: bool) -> _Given:
-        if tensor is None:
-            return cls(None, None, None)
-        return cls(tensor.clone() if in_place else tensor, tensor, version_of(tensor))
-
-
-@dataclass
-class _Branch:
-    """What one guidance branch keeps during a run."""
-
-    rows: list[Row]
-    last_use: dict[Span, int]
-    bytes_planned: int
-    called: list[int] = field(default_factory=list)
-    values: dict[Span, dict[int, Tensor]] = field(default_factory=dict)
-    refused: dict[Span, str] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for value in self.values.values() for t in value.values())
-
-    def release(self, step: int) -> None:
-        """Drops what no step from `step` on reads. A step may be evaluated several times, so nothing is dropped within one."""
-        for span in [span for span in self.values if self.last_use[span] < step]:
-            del self.values[span]
-
-
-class _Recompute(Exception):
-    """The blocks were not called as before: this forward has to be computed."""
 
 
 class Session:
@@ -225,10 +119,10 @@ class Session:
         self._tracing = False
         self.latents_batch: int | None = None
         self._plan: Plan | None = None
-        self._branches: dict[str, _Branch] = {}
+        self._branches: dict[str, BranchState] = {}
         self._names = Branches()
-        self._context: str | None = None
-        self._forward: _Forward | None = None
+        self.context: str | None = None
+        self._forward: Forward | None = None
         self._executed: dict[str, np.ndarray] = {}
         self._step_seconds: list[float] = []
         self._bytes_peak = 0
@@ -237,6 +131,7 @@ class Session:
         self._ended = 0.0
         self._events: list[tuple[int, Any, Any]] = []
         self._modules: list[nn.Module] = []
+        self._blocks: list[Block] = []
 
     # ------------------------------------------------------------------------------------------------ life of a run
 
@@ -247,7 +142,7 @@ class Session:
         self.report = RunReport()
         with ExitStack() as stack:
             stack.enter_context(intercept({self.denoiser: self._on_denoiser}))
-            stack.enter_context(_named_contexts(self.denoiser, self))
+            stack.enter_context(named_contexts(self.denoiser, self))
             self._stack = stack.pop_all()
         return self
 
@@ -324,6 +219,7 @@ class Session:
         if self._plan is None:
             self.trace = self._traced(args, kwargs, latents)
             self._modules = [self.denoiser.get_submodule(path) for path in self.trace.sites]
+            self._blocks = [self.trace.blocks[i] for i in self.trace.offered]
             total = self._steps if isinstance(self._steps, int) else self._steps(args, kwargs)
             self._plan = plan_for(self.method, self.trace, total)
             self.facts |= {"dtype": self.trace.dtype, "resolution": list(self.trace.resolution[1:])}
@@ -335,7 +231,7 @@ class Session:
             raise PlanError(f"the plan has {self._plan.steps} steps, but the run has reached step {self._step}")
         self.latents_batch = latents.shape[0]
         learning = self._evaluation == self._learning
-        seen = self._names.name(args, kwargs, latents=position, context=self._context, learning=learning)
+        seen = self._names.name(args, kwargs, latents=position, context=self.context, learning=learning)
         branch = self._branch(seen.name)
         if seen.stale:
             branch.values.clear()
@@ -355,13 +251,13 @@ class Session:
         return self._traces[key]
 
     def _run(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: _Branch, name: str, row: Row, doubt: str | None
+        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: BranchState, name: str, row: Row, doubt: str | None
     ) -> Any:
         assert self.trace is not None
         if not (row.reuse or row.store):
             self._record(name, frozenset())
             return call(*args, **kwargs)
-        forward = _Forward(self, branch, row, doubt)
+        forward = Forward(self._blocks, branch, row, doubt, self._finite)
         for attempt in range(2):
             self._forward = forward
             handlers = {module: forward.handler(site) for site, module in enumerate(self._modules)}
@@ -370,10 +266,10 @@ class Session:
                     out = call(*args, **kwargs)
                 forward.finish()
                 break
-            except _Recompute as why:
+            except Recompute as why:
                 assert attempt == 0
                 branch.values.clear()  # they stand for other shapes or other blocks
-                forward = _Forward(self, branch, row, str(why))
+                forward = Forward(self._blocks, branch, row, str(why), self._finite)
             finally:
                 self._forward = None
         self._record(name, frozenset(forward.reused))
@@ -390,7 +286,7 @@ class Session:
                 "cache fewer blocks, run smaller batches, or raise the budget"
             )
 
-    def _branch(self, name: str) -> _Branch:
+    def _branch(self, name: str) -> BranchState:
         assert self._plan is not None and self.trace is not None
         if name not in self._branches:
             order = len(self._branches)
@@ -400,7 +296,7 @@ class Session:
                 )
             rows, reasons = program(self.trace, self._plan.branch(name, order), force_store=self._force_store)
             last_use = {span: k for k, row in enumerate(rows) for span in (*row.store, *row.release)}
-            self._branches[name] = _Branch(rows, last_use, state_bytes(self.trace, rows))
+            self._branches[name] = BranchState(rows, last_use, state_bytes(self.trace, rows))
             if name not in self._executed:
                 self._executed[name] = np.full((self._plan.steps, len(self._plan.sites)), UNREACHED, np.uint8)
                 for reason in reasons:
@@ -459,7 +355,7 @@ class Session:
         if self._nan_flag is not None and bool(self._nan_flag):
             report.warnings.append("a stored offset was not finite; use nan_check='sync' to have such sites computed instead")
 
-    def check_finite(self, value: Tensor) -> bool:
+    def _finite(self, value: Tensor) -> bool:
         """Whether a value may be stored. On CUDA under "auto" the answer is left on the device and read at the end."""
         if self._nan_check == "off":
             return True
@@ -468,177 +364,6 @@ class Session:
             self._nan_flag = ~finite if self._nan_flag is None else self._nan_flag | ~finite
             return True
         return bool(finite) or bool(torch.isfinite(value).all())
-
-
-class _Forward:
-    """One denoiser call: what each block does."""
-
-    def __init__(self, session: Session, branch: _Branch, row: Row, doubt: str | None) -> None:
-        assert session.trace is not None
-        self.session = session
-        self.branch = branch
-        self.blocks = [session.trace.blocks[i] for i in session.trace.offered]
-        self.reused: set[int] = set()
-        self.reasons: list[str] = []
-        self.called: list[int] = []
-        self.spans: dict[int, Span] = {}
-        self.ends: dict[int, Span] = {}
-        self.done: set[Span] = set()
-        stores = list(row.store)
-        for span in row.reuse:
-            called = [site for site in branch.called if span.start <= site < span.stop]
-            why = doubt or branch.refused.get(span)
-            if why is None and span not in branch.values:
-                why = "nothing is stored for it yet"
-            if why is None and called:
-                self.spans |= dict.fromkeys(called, span)
-                self.ends[called[-1]] = span
-            elif why is not None:
-                self._why(span, why)
-                if span not in branch.values and span not in branch.refused:
-                    stores.append(span)  # computed after all: the next steps may use it
-        # Only what is computed now can be collected, and only where nothing inside the span is reused.
-        self.collectors = [_Collector(span) for span in stores if not any(s in self.spans for s in range(span.start, span.stop))]
-
-    def _why(self, span: Span, reason: str) -> None:
-        name = self.blocks[span.start].path + (f" to {self.blocks[span.stop - 1].path}" if span.stop > span.start + 1 else "")
-        self.reasons.append(f"{name}: {reason}")
-
-    def handler(self, site: int) -> Callable[..., Any]:
-        """What replaces the call of the block at `site` during this forward."""
-        block = self.blocks[site]
-
-        def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self.called.append(site)
-            span = self.spans.get(site)
-            if span is not None:
-                return self._reuse(site, span, block, args, kwargs)
-            collectors = [c for c in self.collectors if c.span.start <= site < c.span.stop and c.broken is None]
-            if not collectors:
-                return call(*args, **kwargs)
-            given = [_Given.of(s, _at(s.position, args, kwargs), block.in_place) for s in block.streams]
-            out = call(*args, **kwargs)
-            for collector in collectors:
-                collector.broken = self._collect(collector, block, given, out)
-                if collector.broken is None and site == collector.span.stop - 1:
-                    collector.broken = collector.close()
-            return out
-
-        return handle
-
-    def _reuse(self, site: int, span: Span, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = self.branch.values[span]
-        last = site in self.ends
-        outputs: dict[int | None, Tensor] = {}
-        for stream in block.streams:
-            tensor = _at(stream.position, args, kwargs)
-            offset = value.get(stream.index)
-            if tensor is None or (offset is not None and (offset.shape != tensor.shape or offset.dtype != tensor.dtype)):
-                raise _Recompute("the shape of the stream, or the batch, is no longer that of the stored offset")
-            if last and offset is not None:
-                offset = offset.to(tensor.device)
-                # A block that returns its own, changed input may be called for that effect alone.
-                tensor = tensor.add_(offset) if stream.aliased and block.in_place else tensor + offset
-            outputs[stream.slot] = tensor
-        self.reused.add(site)
-        if last:
-            self.done.add(span)
-        if block.form == "tensor":
-            return outputs[None]
-        made = [outputs.get(slot) for slot in range(block.width)]
-        return tuple(made) if block.form == "tuple" else made
-
-    def _collect(self, collector: _Collector, block: Block, given: list[_Given], out: Any) -> str | None:
-        for stream, entry in zip(block.streams, given, strict=True):
-            after = out if stream.slot is None else out[stream.slot]
-            if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
-                return f"{block.path} was not called as it was when the model was traced"
-            reason = collector.sums.setdefault(stream.index, _Sum()).extend(entry.before, entry.entered, entry.version, after)
-            if reason is not None:
-                return f"no link: {reason}"
-        return None
-
-    def finish(self) -> None:
-        """Stores what was collected.
-
-        Raises:
-            _Recompute: A reused span did not end where it should, so its offset was not added.
-        """
-        missing = set(self.ends.values()) - self.done
-        if missing or (self.spans and self.called != self.branch.called):
-            raise _Recompute("the model called other blocks than in the steps before")
-        self.branch.called = self.called
-        for collector in self.collectors:
-            if collector.broken is None and not collector.sums:
-                continue  # none of its blocks was called (skip-layer guidance)
-            broken = collector.broken or collector.close()
-            if broken is not None:
-                self.branch.refused[collector.span] = broken
-                continue
-            value = {stream: total.total for stream, total in collector.sums.items() if total.total is not None}
-            if all(self.session.check_finite(tensor) for tensor in value.values()):
-                self.branch.values[collector.span] = value
-                self.branch.refused.pop(collector.span, None)
-            else:
-                self.branch.values.pop(collector.span, None)
-                self._why(collector.span, "its offset was not finite and was not stored")
-
-
-def _at(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    value = args[position] if isinstance(position, int) and position < len(args) else kwargs.get(position)  # type: ignore[arg-type]
-    return value if isinstance(value, Tensor) else None
-
-
-_SESSIONS: ContextVar[Mapping[int, Session] | None] = ContextVar("hasten_sessions", default=None)
-_NAMING = threading.Lock()
-
-
-class _Contexts:
-    """Stands for a denoiser's `cache_context` while any session listens for its names."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.key = id(denoiser)
-        self.hidden = denoiser.__dict__.get("cache_context")
-        self.original: Callable[..., AbstractContextManager[Any]] = denoiser.cache_context  # type: ignore[assignment]
-        self.users = 0
-
-    @contextmanager
-    def __call__(self, name: str, **fields: Any) -> Iterator[None]:
-        session = (_SESSIONS.get() or {}).get(self.key)
-        with self.original(name, **fields):
-            if session is None:
-                yield
-                return
-            before, session._context = session._context, name
-            try:
-                yield
-            finally:
-                session._context = before
-
-
-@contextmanager
-def _named_contexts(denoiser: nn.Module, session: Session) -> Iterator[None]:
-    """Hears the names of the `cache_context`s that the pipeline enters on the denoiser, in this context only."""
-    if not hasattr(denoiser, "cache_context"):
-        yield
-        return
-    token = _SESSIONS.set({**(_SESSIONS.get() or {}), id(denoiser): session})
-    with _NAMING:
-        names = denoiser.__dict__.get("cache_context")
-        if not isinstance(names, _Contexts):
-            names = denoiser.__dict__["cache_context"] = _Contexts(denoiser)
-        names.users += 1
-    try:
-        yield
-    finally:
-        _SESSIONS.reset(token)
-        with _NAMING:
-            names.users -= 1
-            if names.users == 0:
-                if names.hidden is None:
-                    del denoiser.__dict__["cache_context"]
-                else:
-                    denoiser.__dict__["cache_context"] = names.hidden
 
 
 def attach(

@@ -1,0 +1,245 @@
+"""One denoiser call under a row of a plan.
+
+Every block of a reused span stays in the model's own loop and hands its input on unchanged; the last one called adds the span's
+offset. The offset is the sum of the blocks' own offsets, so whatever the model adds between two blocks (control residuals) is neither
+frozen nor doubled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hasten.accelerators.caching.segments import Row, Span
+from hasten.accelerators.caching.trace import Block, Position, Stream, version_of
+from hasten.accelerators.dispatch import Call
+
+
+class _Sum:
+    """Collects the offset of one stream over a span.
+
+    While a block receives the very object the one before returned, unchanged, the offsets telescope and nothing is computed; where
+    something was added in between, the part so far is taken off before it.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.part: tuple[Tensor, Tensor] | None = None
+        self.versions: tuple[int | None, int | None] = (None, None)
+
+    def extend(self, before: Tensor, entered: Tensor, version: int | None, after: Tensor) -> str | None:
+        """One more block.
+
+        Args:
+            before: What it was given (a copy where the block works in place).
+            entered: The object it was given, at `version` when the block was called.
+            after: What it returned.
+
+        Returns:
+            Why the offset cannot be told, or None.
+        """
+        if self.part is not None and entered is self.part[1]:
+            if version != self.versions[1]:
+                return "the model changes the stream in place between two blocks"
+            before = self.part[0]
+            versions = self.versions[0], version_of(after)
+        else:
+            if (reason := self.close()) is not None:
+                return reason
+            if self.total is not None and (before.shape, before.dtype) != (self.total.shape, self.total.dtype):
+                return "the stream changes its shape between two blocks"
+            versions = version_of(before), version_of(after)
+        self.part, self.versions = (before, after), versions
+        # In inference mode nobody can tell whether a tensor was changed since: there every block's offset is taken at once.
+        return self.close() if versions[1] is None else None
+
+    def close(self) -> str | None:
+        """Takes the offset of the open part; the reason if that is no longer possible."""
+        if self.part is not None:
+            before, after = self.part
+            if (version_of(before), version_of(after)) != self.versions:
+                return "the model changes the stream in place between two blocks"
+            offset = after - before
+            self.total = offset if self.total is None else self.total + offset
+            self.part = None
+        return None
+
+
+@dataclass
+class _Collector:
+    """Collects a span's offsets during one forward."""
+
+    span: Span
+    sums: dict[int, _Sum] = field(default_factory=dict)
+    broken: str | None = None
+
+    def close(self) -> str | None:
+        return next((reason for total in self.sums.values() if (reason := total.close()) is not None), None)
+
+
+class _Given(NamedTuple):
+    """A stream on its way into a block: its value before the call, the object itself, and its version."""
+
+    before: Tensor | None
+    entered: Tensor | None
+    version: int | None
+
+    @classmethod
+    def of(cls, stream: Stream, tensor: Tensor | None, in_place: bool) -> _Given:
+        if tensor is None:
+            return cls(None, None, None)
+        return cls(tensor.clone() if in_place else tensor, tensor, version_of(tensor))
+
+
+@dataclass
+class BranchState:
+    """What one guidance branch keeps during a run."""
+
+    rows: list[Row]
+    last_use: dict[Span, int]
+    bytes_planned: int
+    called: list[int] = field(default_factory=list)
+    values: dict[Span, dict[int, Tensor]] = field(default_factory=dict)
+    refused: dict[Span, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for value in self.values.values() for t in value.values())
+
+    def release(self, step: int) -> None:
+        """Drops what no step from `step` on reads. A step may be evaluated several times, so nothing is dropped within one."""
+        for span in [span for span in self.values if self.last_use[span] < step]:
+            del self.values[span]
+
+
+class Recompute(Exception):
+    """The blocks were not called as before: this forward has to be computed."""
+
+
+class Forward:
+    """One denoiser call: what each block does.
+
+    Args:
+        blocks: The sites.
+        branch: What the call's guidance branch keeps; `finish` puts into it what was collected.
+        row: What the plan says for this step.
+        doubt: Why nothing may be reused in this call, or None.
+        finite: Whether an offset may be stored.
+    """
+
+    def __init__(self, blocks: Sequence[Block], branch: BranchState, row: Row, doubt: str | None, finite: Callable[[Tensor], bool]) -> None:
+        self.blocks = blocks
+        self.branch = branch
+        self.finite = finite
+        self.reused: set[int] = set()
+        self.reasons: list[str] = []
+        self.called: list[int] = []
+        self.spans: dict[int, Span] = {}
+        self.ends: dict[int, Span] = {}
+        self.done: set[Span] = set()
+        stores = list(row.store)
+        for span in row.reuse:
+            called = [site for site in branch.called if span.start <= site < span.stop]
+            why = doubt or branch.refused.get(span)
+            if why is None and span not in branch.values:
+                why = "nothing is stored for it yet"
+            if why is None and called:
+                self.spans |= dict.fromkeys(called, span)
+                self.ends[called[-1]] = span
+            elif why is not None:
+                self._why(span, why)
+                if span not in branch.values and span not in branch.refused:
+                    stores.append(span)  # computed after all: the next steps may use it
+        # Only what is computed now can be collected, and only where nothing inside the span is reused.
+        self.collectors = [_Collector(span) for span in stores if not any(s in self.spans for s in range(span.start, span.stop))]
+
+    def _why(self, span: Span, reason: str) -> None:
+        name = self.blocks[span.start].path + (f" to {self.blocks[span.stop - 1].path}" if span.stop > span.start + 1 else "")
+        self.reasons.append(f"{name}: {reason}")
+
+    def handler(self, site: int) -> Callable[..., Any]:
+        """What replaces the call of the block at `site` during this forward."""
+        block = self.blocks[site]
+
+        def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.called.append(site)
+            span = self.spans.get(site)
+            if span is not None:
+                return self._reuse(site, span, block, args, kwargs)
+            collectors = [c for c in self.collectors if c.span.start <= site < c.span.stop and c.broken is None]
+            if not collectors:
+                return call(*args, **kwargs)
+            given = [_Given.of(s, _at(s.position, args, kwargs), block.in_place) for s in block.streams]
+            out = call(*args, **kwargs)
+            for collector in collectors:
+                collector.broken = self._collect(collector, block, given, out)
+                if collector.broken is None and site == collector.span.stop - 1:
+                    collector.broken = collector.close()
+            return out
+
+        return handle
+
+    def _reuse(self, site: int, span: Span, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = self.branch.values[span]
+        last = site in self.ends
+        outputs: dict[int | None, Tensor] = {}
+        for stream in block.streams:
+            tensor = _at(stream.position, args, kwargs)
+            offset = value.get(stream.index)
+            if tensor is None or (offset is not None and (offset.shape != tensor.shape or offset.dtype != tensor.dtype)):
+                raise Recompute("the shape of the stream, or the batch, is no longer that of the stored offset")
+            if last and offset is not None:
+                offset = offset.to(tensor.device)
+                # A block that returns its own, changed input may be called for that effect alone.
+                tensor = tensor.add_(offset) if stream.aliased and block.in_place else tensor + offset
+            outputs[stream.slot] = tensor
+        self.reused.add(site)
+        if last:
+            self.done.add(span)
+        if block.form == "tensor":
+            return outputs[None]
+        made = [outputs.get(slot) for slot in range(block.width)]
+        return tuple(made) if block.form == "tuple" else made
+
+    def _collect(self, collector: _Collector, block: Block, given: list[_Given], out: Any) -> str | None:
+        for stream, entry in zip(block.streams, given, strict=True):
+            after = out if stream.slot is None else out[stream.slot]
+            if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
+                return f"{block.path} was not called as it was when the model was traced"
+            reason = collector.sums.setdefault(stream.index, _Sum()).extend(entry.before, entry.entered, entry.version, after)
+            if reason is not None:
+                return f"no link: {reason}"
+        return None
+
+    def finish(self) -> None:
+        """Stores what was collected.
+
+        Raises:
+            Recompute: A reused span did not end where it should, so its offset was not added.
+        """
+        missing = set(self.ends.values()) - self.done
+        if missing or (self.spans and self.called != self.branch.called):
+            raise Recompute("the model called other blocks than in the steps before")
+        self.branch.called = self.called
+        for collector in self.collectors:
+            if collector.broken is None and not collector.sums:
+                continue  # none of its blocks was called (skip-layer guidance)
+            broken = collector.broken or collector.close()
+            if broken is not None:
+                self.branch.refused[collector.span] = broken
+                continue
+            value = {stream: total.total for stream, total in collector.sums.items() if total.total is not None}
+            if all(self.finite(tensor) for tensor in value.values()):
+                self.branch.values[collector.span] = value
+                self.branch.refused.pop(collector.span, None)
+            else:
+                self.branch.values.pop(collector.span, None)
+                self._why(collector.span, "its offset was not finite and was not stored")
+
+
+def _at(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    value = args[position] if isinstance(position, int) and position < len(args) else kwargs.get(position)  # type: ignore[arg-type]
+    return value if isinstance(value, Tensor) else None
