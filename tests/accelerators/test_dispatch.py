@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -154,7 +155,8 @@ def test_compiled_blocks_have_no_break_and_are_compiled_once(how: str) -> None:
 
 
 def test_blocks_compiled_by_inductor() -> None:
-    pytest.importorskip("torch._inductor")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()
     net, cond = guided(3), randn(2, 2, 3, WIDTH)
     calls = [((randn(k, 2, 3, WIDTH), float(k), cond), {}) for k in range(4)]
@@ -165,10 +167,7 @@ def test_blocks_compiled_by_inductor() -> None:
     for i, block in enumerate(net.blocks):
         net.blocks[i] = _Adding(block)
         net.blocks[i].compile(fullgraph=True)
-    try:
-        made = compiled_runs(net, calls, method)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        pytest.skip(f"no compiler for inductor here: {error}"[:200])
+    made = compiled_runs(net, calls, method)
     for a, b in zip(made, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
