@@ -42,6 +42,7 @@ from hasten.benchmarks.harness import (
     progress_bar,
     results_page,
     spread,
+    steady_memory,
     surroundings,
     wilson,
     write_text,
@@ -373,6 +374,7 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
     results = Results("caching", quick, settings={**asdict(settings), "block_share": {}})
     results.settings["methods"] = [str(m) for m in settings.methods]
     results.settings["xl_methods"] = [str(m) for m in settings.xl_methods]
+    steady_memory()
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
     with progress_bar() as bar:
 
@@ -390,7 +392,7 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
                 settings,
                 rounds=rounds,
                 least=rounds,  # every caption is drawn, whatever the deadline
-                short_steps=min(2, shapes.steps),
+                short_steps=min(6, shapes.steps),
                 converged_rounds=min(rounds, settings.converged_rounds),
                 deadline=_share(deadline, 0.45),
                 note=note,
@@ -406,7 +408,7 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
                 settings,
                 rounds=settings.xl_rounds,
                 least=min(3, settings.xl_rounds),
-                short_steps=1,  # a whole run of the session for one step: dearer than in a real run, if anything
+                short_steps=min(2, subject.steps),
                 converged_rounds=0,
                 deadline=deadline,
                 note=note,

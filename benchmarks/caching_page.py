@@ -96,6 +96,7 @@ def page(results: Results) -> str:
         "measured on the bare model in every round; for fewer steps it is the ratio of the steps. The cost of a plan that reuses nothing "
         "comes from short runs in the order A B C C B A: the median of the paired ratios, with a 95% interval from order statistics. "
         "Other jobs on the machine widen the intervals; processor time, which they hardly change, stands beside. "
+        "The allocator is told to keep what is freed, since the page faults of handing it back come and go between equal runs. "
         "Absolute times mean something on this machine only.",
     ]
     return "\n\n".join(lines) + "\n"

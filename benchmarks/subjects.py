@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class Output:
     report: RunReport | None = None
 
 
-class Subject:
+class Subject(Protocol):
     """A model under test: runs a variant in a round.
 
     Attributes:
@@ -115,11 +115,11 @@ class Subject:
 
     def run(self, r: int, steps: int, method: DeltaDiT | Plan | None = None, *, force_store: bool = False) -> tuple[Timing, Output]:
         """One call on the noise of round `r`; plain without a method."""
-        raise NotImplementedError
+        ...
 
     def run_timed_blocks(self, r: int, steps: int) -> tuple[dict[str, float], float]:
         """A plain run: seconds of every block, and of the loop."""
-        raise NotImplementedError
+        ...
 
 
 class _LoopClock:
@@ -142,7 +142,7 @@ class _LoopClock:
         return Timing(self.ended - self.began, call_seconds, self.processor_ended - self.processor_began)
 
 
-class ShapesSubject(Subject):
+class ShapesSubject:
     """The pipeline that ships, loaded by plain diffusers in fp32, called as its folder recommends."""
 
     name = "shapes"
@@ -203,7 +203,7 @@ class ShapesSubject(Subject):
         return spent, timing.seconds
 
 
-class RandomSubject(Subject):
+class RandomSubject:
     """A PixArt denoiser with random weights in bf16, on 256 tokens, one picture under guidance (batch 2), in a DDIM loop."""
 
     TEXT = (120, 4096)

@@ -7,15 +7,45 @@ frozen nor doubled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hasten.accelerators.caching.segments import Row, Span
 from hasten.accelerators.caching.trace import Block, Position, Stream, version_of
 from hasten.accelerators.dispatch import Call
+
+
+class Spare:
+    """Memory of offsets that are needed no more, for the next ones.
+
+    The CPU's allocator hands tensors of this size back to the system, and every page of a new one costs a fault: more than the
+    subtraction. CUDA's allocator keeps them itself.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def give(self, value: Mapping[int, Tensor]) -> None:
+        """Takes in a value that nothing reads any more."""
+        self.tensors += [tensor for tensor in value.values() if tensor.device.type == "cpu" and not tensor.requires_grad]
+
+    def subtract(self, after: Tensor, before: Tensor) -> Tensor:
+        """`after - before`, in spare memory where some fits."""
+        if self.tensors and not (torch.is_grad_enabled() and (after.requires_grad or before.requires_grad)):
+            # The latest first: it is most likely still in the processor's cache.
+            for i in reversed(range(len(self.tensors))):
+                kept = self.tensors[i]
+                if (kept.shape, kept.dtype, kept.device) == (
+                    after.shape,
+                    after.dtype,
+                    after.device,
+                ) and kept.is_inference() == after.is_inference():
+                    return torch.sub(after, before, out=self.tensors.pop(i))
+        return after - before
 
 
 class _Sum:
@@ -25,7 +55,8 @@ class _Sum:
     something was added in between, the part so far is taken off before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spare: Spare) -> None:
+        self.spare = spare
         self.total: Tensor | None = None
         self.part: tuple[Tensor, Tensor] | None = None
         self.versions: tuple[int | None, int | None] = (None, None)
@@ -62,7 +93,7 @@ class _Sum:
             before, after = self.part
             if (version_of(before), version_of(after)) != self.versions:
                 return "the model changes the stream in place between two blocks"
-            offset = after - before
+            offset = self.spare.subtract(after, before)
             self.total = offset if self.total is None else self.total + offset
             self.part = None
         return None
@@ -103,7 +134,10 @@ class BranchState:
     bytes_planned: int
     called: list[int] = field(default_factory=list)
     values: dict[Span, dict[int, Tensor]] = field(default_factory=dict)
+    untested: set[Span] = field(default_factory=set)
+    """Spans whose values nobody has read yet: whether they are finite is asked then."""
     refused: dict[Span, str] = field(default_factory=dict)
+    spare: Spare = field(default_factory=Spare)
 
     @property
     def bytes(self) -> int:
@@ -112,7 +146,7 @@ class BranchState:
     def release(self, step: int) -> None:
         """Drops what no step from `step` on reads. A step may be evaluated several times, so nothing is dropped within one."""
         for span in [span for span in self.values if self.last_use[span] < step]:
-            del self.values[span]
+            self.spare.give(self.values.pop(span))
 
 
 class Recompute(Exception):
@@ -127,13 +161,12 @@ class Forward:
         branch: What the call's guidance branch keeps; `finish` puts into it what was collected.
         row: What the plan says for this step.
         doubt: Why nothing may be reused in this call, or None.
-        finite: Whether an offset may be stored.
+        finite: Whether an offset may be used.
     """
 
     def __init__(self, blocks: Sequence[Block], branch: BranchState, row: Row, doubt: str | None, finite: Callable[[Tensor], bool]) -> None:
         self.blocks = blocks
         self.branch = branch
-        self.finite = finite
         self.reused: set[int] = set()
         self.reasons: list[str] = []
         self.called: list[int] = []
@@ -146,6 +179,11 @@ class Forward:
             why = doubt or branch.refused.get(span)
             if why is None and span not in branch.values:
                 why = "nothing is stored for it yet"
+            elif why is None and span in branch.untested:
+                branch.untested.remove(span)
+                if not all(finite(tensor) for tensor in branch.values[span].values()):
+                    del branch.values[span]
+                    why = "its stored offset is not finite"
             if why is None and called:
                 self.spans |= dict.fromkeys(called, span)
                 self.ends[called[-1]] = span
@@ -209,7 +247,9 @@ class Forward:
             after = out if stream.slot is None else out[stream.slot]
             if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
                 return f"{block.path} was not called as it was when the model was traced"
-            reason = collector.sums.setdefault(stream.index, _Sum()).extend(entry.before, entry.entered, entry.version, after)
+            reason = collector.sums.setdefault(stream.index, _Sum(self.branch.spare)).extend(
+                entry.before, entry.entered, entry.version, after
+            )
             if reason is not None:
                 return f"no link: {reason}"
         return None
@@ -227,17 +267,14 @@ class Forward:
         for collector in self.collectors:
             if collector.broken is None and not collector.sums:
                 continue  # none of its blocks was called (skip-layer guidance)
-            broken = collector.broken or collector.close()
+            broken = collector.broken or collector.close()  # its last block may not have been called
             if broken is not None:
                 self.branch.refused[collector.span] = broken
                 continue
             value = {stream: total.total for stream, total in collector.sums.items() if total.total is not None}
-            if all(self.finite(tensor) for tensor in value.values()):
-                self.branch.values[collector.span] = value
-                self.branch.refused.pop(collector.span, None)
-            else:
-                self.branch.values.pop(collector.span, None)
-                self._why(collector.span, "its offset was not finite and was not stored")
+            self.branch.values[collector.span] = value
+            self.branch.untested.add(collector.span)
+            self.branch.refused.pop(collector.span, None)
 
 
 def _at(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -203,6 +203,7 @@ class Session:
         """
         rows = torch.as_tensor(index, dtype=torch.long)
         for branch in self._branches.values():
+            branch.spare.tensors.clear()  # of the old batch size
             for value in branch.values.values():
                 for stream, tensor in value.items():
                     value[stream] = tensor.index_select(0, rows.to(tensor.device))
@@ -356,7 +357,7 @@ class Session:
             report.warnings.append("a stored offset was not finite; use nan_check='sync' to have such sites computed instead")
 
     def _finite(self, value: Tensor) -> bool:
-        """Whether a value may be stored. On CUDA under "auto" the answer is left on the device and read at the end."""
+        """Whether a value may be used. On CUDA under "auto" the answer is left on the device and read at the end."""
         if self._nan_check == "off":
             return True
         finite = torch.isfinite(value.sum(dtype=torch.float32))

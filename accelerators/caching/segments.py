@@ -96,8 +96,7 @@ def program(trace: Trace, actions: np.ndarray, *, force_store: bool = False) -> 
             computed = [s for s in range(sites) if not any(span.start <= s < span.stop for span in reuse[k])]
             extra = [span for s in computed if (span := Span(s, s + 1, k)) not in final]
             store[k] += extra
-            if k + 1 < steps:
-                release[k + 1] += extra
+            release[k] += extra
     return [Row(tuple(sorted(r)), tuple(sorted(s)), tuple(sorted(x))) for r, s, x in zip(reuse, store, release, strict=True)], reasons
 
 

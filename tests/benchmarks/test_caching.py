@@ -186,3 +186,14 @@ def test_bars_report_the_worst_setting() -> None:
     }
     assert "bad" in bars_of(rows)[-1].note and "too noisy" not in bars_of(rows)[-1].note
     assert "too noisy" in bars_of(rows)[0].note  # 1.00 to 1.02 around a limit of 1.01
+
+
+# ------------------------------------------------------------------------------------------------------------- the bars
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.getloadavg()[0] > 1.5, reason="the machine is busy: times would mean nothing")
+def test_the_bars_hold() -> None:
+    results = caching.execute(caching.QUICK, quick=True)
+    assert len(results.bars) == 9
+    assert results.all_hold, "\n" + bars_table(results.bars)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from hasten.accelerators.caching.forward import Spare
 from hasten.accelerators.caching.segments import Row, Span, breaks_of, program, state_bytes
 from hasten.accelerators.caching.trace import Block, Chain, Stream, Trace
 
@@ -145,7 +146,7 @@ def test_state_bytes() -> None:
     trace = trace_of(["seam"] + ["linked"] * 3)
     actions = np.zeros((6, 4), np.uint8)
     assert state_bytes(trace, program(trace, actions)[0]) == 0
-    assert state_bytes(trace, program(trace, actions, force_store=True)[0]) == 2 * 4 * 8  # this step's and the last one's
+    assert state_bytes(trace, program(trace, actions, force_store=True)[0]) == 4 * 8  # this step's
     actions[1:3, 2:], actions[3:6, :2] = 1, 1
     assert state_bytes(trace, program(trace, actions)[0]) == 2 * 8
 
@@ -155,3 +156,19 @@ def test_no_sites(n: int) -> None:
     trace = trace_of(["-"] * n)
     rows, reasons = program(trace, np.zeros((2, 0), np.uint8))
     assert rows == [Row(), Row()] and not reasons and state_bytes(trace, rows) == 0
+
+
+def test_spare_memory_is_used_again_and_only_where_it_fits() -> None:
+    spare = Spare()
+    kept, grown = torch.zeros(2, 3), torch.zeros(4, 3)
+    spare.give({0: kept, 1: grown})
+    a, b = torch.rand(2, 3), torch.rand(2, 3)
+    made = spare.subtract(a, b)
+    assert made is kept and torch.equal(made, a - b)
+    again = spare.subtract(a, b)
+    assert again.data_ptr() not in (kept.data_ptr(), grown.data_ptr()) and torch.equal(again, a - b)
+    assert spare.subtract(torch.rand(4, 3).double(), torch.rand(4, 3).double()).dtype == torch.float64
+    watched = torch.rand(4, 3, requires_grad=True)
+    assert spare.subtract(watched, grown).requires_grad
+    with torch.inference_mode():
+        assert spare.subtract(torch.rand(4, 3), torch.rand(4, 3)).is_inference()
