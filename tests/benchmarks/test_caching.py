@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hasten.accelerators.caching.delta_dit import DeltaDiT
 from hasten.accelerators.caching.plan import Plan
 from hasten.benchmarks import caching
 from hasten.benchmarks.caching import Settings, bars_of, fewer_steps, psnr, relative_error
-from hasten.benchmarks.harness import BenchError
+from hasten.benchmarks.harness import BenchError, bars_table
 from hasten.benchmarks.subjects import Costs
 
 TINY = Settings(
