@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from hasten._version import __version__
 from hasten.app import errors
 from hasten.app.options import (
+    CACHING,
     DRAWING,
     OUTPUT,
     BatchOption,
@@ -71,7 +72,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 plan_app = typer.Typer(rich_markup_mode="rich")
-app.add_typer(plan_app, name="plan", help="Look at plan files: which block is computed at which step.")
+app.add_typer(plan_app, name="plan", help="Make plans and look at plan files: which block is computed at which step.")
 
 
 def _help_if_bare(context: typer.Context) -> None:
@@ -112,7 +113,7 @@ def hasten(
 
 @plan_app.callback(invoke_without_command=True)
 def plan(context: typer.Context) -> None:
-    """Look at plan files: which block is computed at which step."""
+    """Make plans and look at plan files: which block is computed at which step."""
     _help_if_bare(context)
 
 
@@ -285,6 +286,54 @@ def explain(
         model, method, interval, cached, boundary, preset, plan, steps, guidance, size=parse_size(size), dtype=dtype, device=device
     )  # fmt: skip
     _finish(work(options, caption), json)
+
+
+@plan_app.command("make")
+def plan_make(
+    model: ModelName,
+    prompts: Annotated[Path, typer.Option("--prompts", "-f", metavar="FILE", help="Captions, one a line.", rich_help_panel=DRAWING)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The plan.", rich_help_panel=OUTPUT)] = Path("plan.safetensors"),
+    speedup: Annotated[
+        float | None, typer.Option("--speedup", metavar="X", help="Least error at this speed-up.", rich_help_panel=CACHING)
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option("--error", metavar="E", help="Greatest speed-up within this relative L2 error.", rich_help_panel=CACHING),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option("--held-out", metavar="N", help="Captions kept for the certificate. Default: a third.", rich_help_panel=DRAWING),
+    ] = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    size: SizeOption = None,
+    batch: BatchOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Measure a model on a few captions and solve for its best plan.
+
+    Runs the captions in full and, for some steps, with that step reused; then decides which steps to compute, fits the forecasts of the
+    others, replays the candidates, and certifies the best one on captions that were held out.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten plan make shapes --prompts captions.txt --speedup 2
+    hasten plan make ./my-pipeline --prompts captions.txt --error 0.05 --steps 28
+    hasten generate "a small red circle" --plan plan.safetensors
+    """
+    from hasten.app.generate import gather_captions
+    from hasten.app.plans import make
+    from hasten.app.setup import Options
+
+    wanted = gather_captions([], prompts, "--prompts")
+    options = Options(
+        model, "none", steps=steps, guidance=guidance, seed=seed, size=parse_size(size), batch=batch, dtype=dtype, device=device
+    )
+    _finish(make(options, wanted, out, speedup=speedup, error=error, held_out=held_out), json)
 
 
 @plan_app.command("show")

@@ -1,13 +1,17 @@
-"""`hasten plan`: looks at plan files."""
+"""`hasten plan`: makes plans and looks at plan files."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hasten.app import files
+from hasten.app.errors import BadInput
 from hasten.app.output import Outcome
+from hasten.app.setup import Options, check, prepare
 
 if TYPE_CHECKING:
     from hasten.accelerators.caching.plan import Plan
@@ -25,7 +29,11 @@ def show(path: Path, png: Path | None = None) -> Outcome:
     if png is not None:
         files.check_target("--png", png)
     plan = Plan.load(path)
-    lines = [str(plan), *(f"{name}: {value}" for name, value in sorted(plan.facts.items()))]
+    lines = [
+        str(plan),
+        *(f"{name}: {value}" for name, value in sorted(plan.facts.items()) if name != "certificate"),
+        *certificate_lines(plan),
+    ]
     if png is not None:
         files.write(png, heat_map(plan))
         lines.append(str(png))
@@ -66,3 +74,63 @@ def diff(first: Path, second: Path) -> Outcome:
     one, other = Plan.load(first), Plan.load(second)
     lines = one.diff(other)
     return Outcome({"same": not lines, "first": one.hash, "second": other.hash, "differences": lines.splitlines()}, lines or "the same")
+
+
+def make(
+    options: Options, captions: Sequence[str], out: Path, *, speedup: float | None, error: float | None, held_out: int | None
+) -> Outcome:
+    """Measures the model on the captions, solves for a plan and saves it.
+
+    Raises:
+        BadInput: An option is not allowed, or the target cannot be met.
+    """
+    from hasten.app.drawing import check_number
+
+    if (speedup is None) == (error is None):
+        raise BadInput("give --speedup or --error, one of the two")
+    check_number("--speedup", speedup, 1)
+    if error is not None and not error > 0:
+        raise BadInput(f"--error must be positive, not {error:g}")
+    check_number("--held-out", held_out, 1, whole=True)
+    if len(captions) < 2 or (held_out or 1) >= len(captions):
+        raise BadInput(f"--prompts must hold more captions than are held out ({held_out or 1}), not {len(captions)}")
+    files.check_target("--out", out)
+    ready = prepare(check(options), captions)
+    from hasten.pipelines.planning import plan as solve
+
+    try:
+        plan = solve(
+            ready.model.pipe,
+            list(ready.job.captions),
+            speedup=speedup,
+            error=error,
+            held_out=held_out,
+            seed=ready.job.seed,
+            batch=ready.job.batch,
+            num_inference_steps=ready.job.steps,
+            **ready.job.arguments,
+        )
+    except ValueError as why:
+        raise BadInput(f"--{why}") from None  # its messages begin with the argument's name
+    # Some schedulers execute other timesteps than they are asked for.
+    plan = replace(plan, facts={**plan.facts, "num_inference_steps": ready.job.steps})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(out)
+    lines = [str(plan), *certificate_lines(plan), str(out)]
+    return Outcome(
+        {"file": str(out), "hash": plan.hash, "computed_fraction": plan.computed_fraction, "facts": dict(plan.facts)}, "\n".join(lines)
+    )
+
+
+def certificate_lines(plan: Plan) -> list[str]:
+    """What a planned plan promises, and what it was seen to do."""
+    found = plan.facts.get("certificate")
+    if not found:
+        return []
+    interval = found["replayed_interval"]
+    between = f" (95%: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    return [
+        f"speed-up of the denoiser loop: {found['speedup']:.2f}x from measured step times",
+        f"error of the final latents: predicted {found['predicted']:.4f}, replayed {found['replayed']:.4f}{between} on "
+        f"{found['held_out']} held-out captions, mean {found['replayed_mean']:.4f} (relative L2; geometric mean unless said)",
+    ]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from hasten.accelerators.caching.auto import Auto
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
-from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compute_all, plan_for
-from hasten.accelerators.caching.segments import program, state_bytes
+from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compiled, compute_all, plan_for
+from hasten.accelerators.caching.segments import state_bytes
 from hasten.accelerators.caching.trace import Trace, TraceError, format_bytes, trace_module
 from hasten.accelerators.dispatch import Call, intercept
 from hasten.accelerators.scheduler_hook import hooked
@@ -461,7 +461,7 @@ def explain(pipe: Any, method: Method | Plan | None = None, *args: Any, denoiser
     name, call_args, call_kwargs, steps = _first_call(pipe, denoiser, args, kwargs)
     found = trace_module(getattr(pipe, name), call_args, call_kwargs)
     plan = plan_for(method if method is not None else Auto(), found, steps)
-    rows, reasons = program(found, plan.branch(plan.branches[0]))
+    rows, reasons = compiled(found, plan, 0)
     reasons = [f"{block.path}: {block.reason}" for block in found.blocks if block.reason is not None] + reasons
     if not any(row.reuse for row in rows):
         reasons.append(f"nothing is reused in {steps} steps ({plan.facts.get('method', 'plan')})")

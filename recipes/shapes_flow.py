@@ -23,6 +23,7 @@ class ShapesFlow(denoising.Denoising):
 
     name = "shapes-flow"
     port = 29_532
+    steps = 3_000
     width, heads, dual, single = 144, 4, 2, 4
     align_width = width
     sampling: ClassVar[dict[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 3.0, "max_sequence_length": shared.TEXT_LENGTH}

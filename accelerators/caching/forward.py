@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hasten.accelerators.caching.segments import Row, Span
+from hasten.accelerators.caching.segments import Row, Span, Use
 from hasten.accelerators.caching.trace import Block, Position, Stream, version_of
 from hasten.accelerators.dispatch import Call
 
@@ -170,32 +170,41 @@ class Forward:
         self.reused: set[int] = set()
         self.reasons: list[str] = []
         self.called: list[int] = []
-        self.spans: dict[int, Span] = {}
-        self.ends: dict[int, Span] = {}
-        self.done: set[Span] = set()
+        self.uses: dict[int, Use] = {}
+        self.ends: dict[int, Use] = {}
+        self.done: set[Use] = set()
         stores = list(row.store)
-        for span in row.reuse:
-            called = [site for site in branch.called if span.start <= site < span.stop]
-            why = doubt or branch.refused.get(span)
-            if why is None and span not in branch.values:
-                why = "nothing is stored for it yet"
-            elif why is None and span in branch.untested:
-                branch.untested.remove(span)
-                if not all(finite(tensor) for tensor in branch.values[span].values()):
-                    del branch.values[span]
-                    why = "its stored offset is not finite"
+        for use in row.reuse:
+            called = [site for site in branch.called if use.start <= site < use.stop]
+            why = doubt or next((reason for span in use.spans if (reason := self._unusable(span, finite)) is not None), None)
             if why is None and called:
-                self.spans |= dict.fromkeys(called, span)
-                self.ends[called[-1]] = span
+                self.uses |= dict.fromkeys(called, use)
+                self.ends[called[-1]] = use
             elif why is not None:
-                self._why(span, why)
-                if span not in branch.values and span not in branch.refused:
-                    stores.append(span)  # computed after all: the next steps may use it
+                self._why(use, why)
+                newest = use.spans[0]
+                # Computed after all: the next steps may use it, unless they weigh it against older ones.
+                if len(use.terms) == 1 and newest not in branch.values and newest not in branch.refused:
+                    stores.append(newest)
         # Only what is computed now can be collected, and only where nothing inside the span is reused.
-        self.collectors = [_Collector(span) for span in stores if not any(s in self.spans for s in range(span.start, span.stop))]
+        self.collectors = [_Collector(span) for span in stores if not any(s in self.uses for s in range(span.start, span.stop))]
 
-    def _why(self, span: Span, reason: str) -> None:
-        name = self.blocks[span.start].path + (f" to {self.blocks[span.stop - 1].path}" if span.stop > span.start + 1 else "")
+    def _unusable(self, span: Span, finite: Callable[[Tensor], bool]) -> str | None:
+        """Why what is stored for a span cannot be used, or None."""
+        branch = self.branch
+        if span in branch.refused:
+            return branch.refused[span]
+        if span not in branch.values:
+            return "nothing is stored for it yet"
+        if span in branch.untested:
+            branch.untested.remove(span)
+            if not all(finite(tensor) for tensor in branch.values[span].values()):
+                del branch.values[span]
+                return "its stored offset is not finite"
+        return None
+
+    def _why(self, use: Use, reason: str) -> None:
+        name = self.blocks[use.start].path + (f" to {self.blocks[use.stop - 1].path}" if use.stop > use.start + 1 else "")
         self.reasons.append(f"{name}: {reason}")
 
     def handler(self, site: int) -> Callable[..., Any]:
@@ -204,9 +213,9 @@ class Forward:
 
         def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.called.append(site)
-            span = self.spans.get(site)
-            if span is not None:
-                return self._reuse(site, span, block, args, kwargs)
+            use = self.uses.get(site)
+            if use is not None:
+                return self._reuse(site, use, block, args, kwargs)
             collectors = [c for c in self.collectors if c.span.start <= site < c.span.stop and c.broken is None]
             if not collectors:
                 return call(*args, **kwargs)
@@ -220,23 +229,23 @@ class Forward:
 
         return handle
 
-    def _reuse(self, site: int, span: Span, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = self.branch.values[span]
+    def _reuse(self, site: int, use: Use, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        values = [self.branch.values[span] for span in use.spans]
         last = site in self.ends
         outputs: dict[int | None, Tensor] = {}
         for stream in block.streams:
             tensor = _at(stream.position, args, kwargs)
-            offset = value.get(stream.index)
-            if tensor is None or (offset is not None and (offset.shape != tensor.shape or offset.dtype != tensor.dtype)):
+            offsets = [value.get(stream.index) for value in values]
+            if tensor is None or any(o is not None and (o.shape != tensor.shape or o.dtype != tensor.dtype) for o in offsets):
                 raise Recompute("the shape of the stream, or the batch, is no longer that of the stored offset")
-            if last and offset is not None:
-                offset = offset.to(tensor.device)
+            if last:
+                terms = [(o.to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
                 # A block that returns its own, changed input may be called for that effect alone.
-                tensor = tensor.add_(offset) if stream.aliased and block.in_place else tensor + offset
+                tensor = _add(tensor, terms, in_place=stream.aliased and block.in_place)
             outputs[stream.slot] = tensor
         self.reused.add(site)
         if last:
-            self.done.add(span)
+            self.done.add(use)
         if block.form == "tensor":
             return outputs[None]
         made = [outputs.get(slot) for slot in range(block.width)]
@@ -261,7 +270,7 @@ class Forward:
             Recompute: A reused span did not end where it should, so its offset was not added.
         """
         missing = set(self.ends.values()) - self.done
-        if missing or (self.spans and self.called != self.branch.called):
+        if missing or (self.uses and self.called != self.branch.called):
             raise Recompute("the model called other blocks than in the steps before")
         self.branch.called = self.called
         for collector in self.collectors:
@@ -275,6 +284,22 @@ class Forward:
             self.branch.values[collector.span] = value
             self.branch.untested.add(collector.span)
             self.branch.refused.pop(collector.span, None)
+
+
+def _add(tensor: Tensor, terms: Sequence[tuple[Tensor, float]], *, in_place: bool) -> Tensor:
+    """`tensor` plus the weighted offsets; in fp32 where large terms would cancel in half precision."""
+    if len(terms) > 1 and tensor.dtype in (torch.float16, torch.bfloat16):
+        total = tensor.float()
+        for offset, weight in terms:
+            total = total.add(offset, alpha=weight)
+        return tensor.copy_(total) if in_place else total.to(tensor.dtype)
+    for i, (offset, weight) in enumerate(terms):
+        # The first addition makes a tensor of our own, to which the others are added in place.
+        if in_place or (i and not tensor.requires_grad):
+            tensor.add_(offset, alpha=weight)
+        else:
+            tensor = tensor.add(offset, alpha=weight)
+    return tensor
 
 
 def _at(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

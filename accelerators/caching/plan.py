@@ -1,4 +1,4 @@
-"""A plan says, for each step, site and guidance branch, whether a block is computed or its cached offset reused.
+"""A plan says, for each step, site and guidance branch, whether a block is computed, its cached offset reused, or forecast from several.
 
 It is data, not code: it saves to one safetensors file with JSON metadata and a checksum, and is refused where it does not fit.
 """
@@ -41,6 +41,11 @@ class Action(IntEnum):
 
     COMPUTE = 0
     REUSE = 1
+    FORECAST = 2
+
+
+MARKS = "#.~"
+"""How actions are printed."""
 
 
 class PlanError(ValueError):
@@ -68,6 +73,9 @@ class Plan:
             step; the two calls of a second-order step share a row.
         sites: Paths of the blocks, in call order.
         branches: Names of the guidance branches; ("*",) treats all alike.
+        weights: float32 [steps, sites, branches, terms] or None: what a forecast adds is the sum of the site's last computed offsets,
+            newest first, by these weights. Where all are 0, or there are none, the weights are those of the polynomial through the
+            last `forecast_order + 1` of them (a fact; 1 unless told), drawn over the noise level.
         facts: What it is bound to: model, config, steps, and, once it was executed, scheduler, order, guidance, sigmas, dtype,
             resolution; anything else is kept as a note.
 
@@ -79,6 +87,7 @@ class Plan:
     sites: tuple[str, ...]
     branches: tuple[str, ...] = (ALL_BRANCHES,)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         actions = np.asarray(self.actions)
@@ -108,6 +117,15 @@ class Plan:
             facts = json.loads(json.dumps(dict(self.facts), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise PlanError(f"the facts of a plan must be plain JSON data: {error}") from None
+        if self.weights is not None:
+            weights = np.array(self.weights, dtype=np.float32, order="C")
+            if weights.ndim != 4 or weights.shape[:3] != actions.shape or not np.isfinite(weights).all():
+                raise PlanError(f"weights must be finite and of shape {[*actions.shape]} and a number of terms, not {[*weights.shape]}")
+            weights.setflags(write=False)
+            object.__setattr__(self, "weights", weights)
+        order = facts.get("forecast_order", 1)
+        if type(order) is not int or order < 0:
+            raise PlanError(f"forecast_order must be a whole number of at least 0, not {order!r}")
         facts.setdefault("steps", self.steps)
         if facts["steps"] != self.steps:
             raise PlanError(f"the plan has {self.steps} rows, but its facts say {facts['steps']} steps")
@@ -125,7 +143,10 @@ class Plan:
 
     def _digest(self) -> str:
         head = json.dumps([self.sites, self.branches, self.facts], sort_keys=True).encode()
-        return hashlib.sha256(head + repr(self.actions.shape).encode() + self.actions.tobytes()).hexdigest()
+        body = head + repr(self.actions.shape).encode() + self.actions.tobytes()
+        if self.weights is not None:
+            body += repr(self.weights.shape).encode() + self.weights.tobytes()
+        return hashlib.sha256(body).hexdigest()
 
     def __hash__(self) -> int:
         return hash(self._digest())
@@ -140,9 +161,18 @@ class Plan:
             name: A guidance branch of a run.
             order: How many branches the run had before it, for pipelines that name theirs differently.
         """
+        return self.actions[:, :, self.branch_index(name, order)]
+
+    def branch_index(self, name: str, order: int = 0) -> int:
+        """Number of the branch that `branch` means."""
         if name in self.branches:
-            return self.actions[:, :, self.branches.index(name)]
-        return self.actions[:, :, order if order < len(self.branches) else 0]
+            return self.branches.index(name)
+        return order if order < len(self.branches) else 0
+
+    @property
+    def forecast_order(self) -> int:
+        """Order of the polynomial for forecasts that have no weights of their own."""
+        return int(self.facts.get("forecast_order", 1))
 
     @property
     def computed_fraction(self) -> float:
@@ -184,7 +214,8 @@ class Plan:
             "digest": self._digest(),
         }
         scratch_name = None
-        data = safetensors.numpy.save({"actions": self.actions}, metadata={"hasten_plan": json.dumps(head)})
+        tensors = {"actions": self.actions} | ({"weights": self.weights} if self.weights is not None else {})
+        data = safetensors.numpy.save(tensors, metadata={"hasten_plan": json.dumps(head)})
         try:
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as scratch:
                 scratch_name = scratch.name
@@ -208,6 +239,7 @@ class Plan:
                 metadata = file.metadata() or {}
                 keys = set(file.keys())
                 actions = file.get_tensor("actions") if "actions" in keys else None
+                weights = file.get_tensor("weights") if "weights" in keys else None
         except FileNotFoundError:
             raise PlanError(f"there is no plan file {path}") from None
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:  # numpy has no name for some dtypes
@@ -219,10 +251,10 @@ class Plan:
         found = head.get("format_version") if isinstance(head, dict) else None
         if type(found) is not int or found != FORMAT_VERSION:
             raise PlanError(f"{path} has plan format version {found}, this hasten reads version {FORMAT_VERSION}")
-        if keys != {"actions"} or head.keys() != {"format_version", "sites", "branches", "facts", "digest"}:
+        if keys - {"weights"} != {"actions"} or head.keys() != {"format_version", "sites", "branches", "facts", "digest"}:
             raise PlanError(f"{path} was altered: it does not hold exactly what a plan holds")
         try:
-            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"])
+            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"], weights)
         except (PlanError, TypeError, ValueError) as error:
             raise PlanError(f"{path} was altered: {error}") from None
         if plan._digest() != head["digest"]:
@@ -273,24 +305,28 @@ class Plan:
         if self.actions.shape == other.actions.shape:
             steps, sites, branches = np.nonzero(self.actions != other.actions)
             for k, s, b in zip(steps[:20], sites[:20], branches[:20], strict=True):
-                before, after = (Action(p.actions[k, s, b]).name for p in (self, other))
+                was, now = (Action(p.actions[k, s, b]).name for p in (self, other))
                 branch = "" if self.branches == (ALL_BRANCHES,) else f" ({self.branches[b]})"
-                lines.append(f"step {k}, {self.sites[s]}{branch}: {before} -> {after}")
+                lines.append(f"step {k}, {self.sites[s]}{branch}: {was} -> {now}")
             if len(steps) > 20:
                 lines.append(f"... and {len(steps) - 20} more of {self.actions.size} cells")
         else:
             lines.append(f"actions: {self.actions.shape} -> {other.actions.shape}")
+        before, after = (np.zeros(0) if plan.weights is None else plan.weights for plan in (self, other))
+        if not np.array_equal(before, after):
+            lines.append("weights: other forecasts")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         head = f"plan {self.hash}: {self.steps} steps x {len(self.sites)} sites, {100 * self.computed_fraction:.1f}% computed"
         if self.facts.get("method"):
             head += f", {self.facts['method']}"
-        lines = [head, "rows are steps, columns are sites in call order; # computed, . reused"]
+        legend = "# computed, . reused" + (", ~ forecast" if (self.actions == Action.FORECAST).any() else "")
+        lines = [head, f"rows are steps, columns are sites in call order; {legend}"]
         for b, name in enumerate(self.branches):
             if name != ALL_BRANCHES:
                 lines.append(f"branch {name}")
-            lines += [f"{k:4d} " + "".join("#."[cell] for cell in row) for k, row in enumerate(self.actions[:, :, b])]
+            lines += [f"{k:4d} " + "".join(MARKS[cell] for cell in row) for k, row in enumerate(self.actions[:, :, b])]
         if self.sites:
             lines.append(f"     from {self.sites[0]} to {self.sites[-1]}")
         return "\n".join(lines)
@@ -307,7 +343,7 @@ class Plan:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        colours = {Action.COMPUTE: "#1f5fa8", Action.REUSE: "#f2c879"}
+        colours = {Action.COMPUTE: "#1f5fa8", Action.REUSE: "#f2c879", Action.FORECAST: "#7fb77e"}
         if isinstance(target, AxesType):
             axes = target
         else:
@@ -323,7 +359,9 @@ class Plan:
         axes.set_ylabel("block" if self.branches == (ALL_BRANCHES,) else "block, per branch: " + ", ".join(self.branches))
         axes.set_title(title or f"{self.facts.get('method', 'plan')}: {100 * self.computed_fraction:.0f}% computed", fontsize=9)
         axes.legend(
-            handles=[Patch(color=colour, label=action.name.lower()) for action, colour in colours.items()],
+            handles=[
+                Patch(color=colour, label=action.name.lower()) for action, colour in colours.items() if (self.actions == action).any()
+            ],
             loc="upper left",
             bbox_to_anchor=(1.0, 1.0),
             fontsize=7,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hasten.accelerators.caching.plan import Plan
+from hasten.accelerators.caching.plan import MARKS, Plan
 from hasten.accelerators.caching.trace import Trace, format_bytes
 
 
@@ -90,7 +90,7 @@ class RunReport:
             measured = f"{self.speedup:.2f}x measured, " if self.speedup else "not measured (time a baseline with `fast.baseline(...)`), "
             lines.append(f"speed-up of the loop: {measured}at most {self.bound:.2f}x")
         for k, seconds in enumerate(self.step_seconds):
-            cells = ["".join("#."[a] for a in self.plan.actions[k, :, b]) for b in range(branches)]
+            cells = ["".join(MARKS[a] for a in self.plan.actions[k, :, b]) for b in range(branches)]
             lines.append(f"{k:4d} {1e3 * seconds:9.2f} ms  " + "  ".join(cells))
         lines += [f"not reused: {reason} ({count}x)" if count > 1 else f"not reused: {reason}" for reason, count in self.reasons.items()]
         lines += [f"warning: {warning}" for warning in self.warnings]

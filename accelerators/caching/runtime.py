@@ -20,7 +20,7 @@ from hasten.accelerators.caching.contexts import named_contexts
 from hasten.accelerators.caching.forward import BranchState, Forward, Recompute
 from hasten.accelerators.caching.plan import ALL_BRANCHES, Action, Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
-from hasten.accelerators.caching.segments import Row, program, state_bytes
+from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
 from hasten.accelerators.caching.trace import (
     Block,
     Trace,
@@ -35,6 +35,10 @@ from hasten.accelerators.dispatch import Call, compiled_whole, intercept
 TraceKey = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of the latents."""
 UNREACHED = 255
+
+
+Observer = Callable[[str, int, dict[Span, dict[int, Tensor]]], None]
+"""Hears of a branch, a step, and the offsets stored there by span and stream. It must copy what it keeps."""
 
 
 class Method(Protocol):
@@ -59,6 +63,19 @@ def plan_for(method: Method | Plan, trace: Trace, steps: int) -> Plan:
     return plan
 
 
+def compiled(
+    trace: Trace, plan: Plan, branch: int, levels: Sequence[float] | None = None, *, force_store: bool = False
+) -> tuple[list[Row], list[str]]:
+    """What the runtime does under one branch of a plan, and why cells cannot be reused; see `program`.
+
+    Args:
+        levels: Noise level of every step; those of the plan's facts unless told.
+    """
+    weights = plan.weights[:, :, branch] if plan.weights is not None else None
+    levels = levels if levels is not None else plan.facts.get("sigmas")
+    return program(trace, plan.actions[:, :, branch], weights=weights, order=plan.forecast_order, levels=levels, force_store=force_store)
+
+
 def compute_all(trace: Trace, steps: int) -> Plan:
     """The plan that computes everything: bit-identical to the bare denoiser."""
     facts = {"model": trace.model, "config": trace.config_hash, "method": "compute-all"}
@@ -77,6 +94,7 @@ class Session:
         state_budget: Most bytes of stored offsets, or None.
         nan_check: "auto" (tested at once on CPU; on CUDA a flag read at the end), "sync" (at once everywhere), or "off".
         force_store: Collect the offset of every site at every step, for tests and timing.
+        observe: Called after every denoiser call with the branch, the step and what was stored in it.
     """
 
     def __init__(
@@ -89,6 +107,7 @@ class Session:
         state_budget: int | None = None,
         nan_check: str = "auto",
         force_store: bool = False,
+        observe: Observer | None = None,
     ) -> None:
         if nan_check not in ("auto", "sync", "off"):
             raise ValueError(f"nan_check must be 'auto', 'sync' or 'off', not {nan_check!r}")
@@ -108,6 +127,7 @@ class Session:
         self._budget = state_budget
         self._nan_check = nan_check
         self._force_store = force_store
+        self._observe = observe
         self._stack: ExitStack | None = None
         self._reset()
 
@@ -276,6 +296,8 @@ class Session:
         self._record(name, frozenset(forward.reused))
         for reason in forward.reasons:
             self.report.reasons[reason] += 1
+        if self._observe is not None:
+            self._observe(name, self._step, {span: value for span, value in branch.values.items() if span.source == self._step})
         self._bytes_peak = max(self._bytes_peak, sum(b.bytes for b in self._branches.values()))
         self._check_budget(self._bytes_peak)
         return out
@@ -295,7 +317,9 @@ class Session:
                 self.report.warnings.append(
                     f"the plan knows the guidance branches {', '.join(self._plan.branches)}; {name} follows {self._plan.branches[0]}"
                 )
-            rows, reasons = program(self.trace, self._plan.branch(name, order), force_store=self._force_store)
+            rows, reasons = compiled(
+                self.trace, self._plan, self._plan.branch_index(name, order), self.facts.get("sigmas"), force_store=self._force_store
+            )
             last_use = {span: k for k, row in enumerate(rows) for span in (*row.store, *row.release)}
             self._branches[name] = BranchState(rows, last_use, state_bytes(self.trace, rows))
             if name not in self._executed:
@@ -306,9 +330,11 @@ class Session:
         return self._branches[name]
 
     def _record(self, name: str, reused: frozenset[int]) -> None:
+        assert self._plan is not None
+        planned = self._plan.branch(name, self._names.order.index(name))[self._step]
         row = self._executed[name][self._step]
         for site in range(len(row)):
-            row[site] = Action.REUSE if site in reused else Action.COMPUTE
+            row[site] = planned[site] if site in reused else Action.COMPUTE
 
     def _clock(self, latents: Tensor) -> Any:
         if latents.is_cuda:
@@ -347,7 +373,10 @@ class Session:
             if cells.shape[1] and reached < self._plan.steps:
                 report.warnings.append(f"the run ended after {reached} of {self._plan.steps} steps; the executed plan computes the others")
             cells = np.where(cells == UNREACHED, Action.COMPUTE, cells)
-            report.plan = Plan(cells, self._plan.sites, names, {**self._plan.facts, **self.facts})
+            weights = self._plan.weights
+            if weights is not None:
+                weights = np.stack([weights[:, :, self._plan.branch_index(name, i)] for i, name in enumerate(names)], 2)
+            report.plan = Plan(cells, self._plan.sites, names, {**self._plan.facts, **self.facts}, weights)
             known = self._plan.branches
             if known != (ALL_BRANCHES,) and len(names) < len(known):
                 report.warnings.append(f"the plan has the guidance branches {', '.join(known)}, this run had {', '.join(names)}")

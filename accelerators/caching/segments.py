@@ -18,18 +18,31 @@ from hasten.accelerators.caching.trace import Trace
 
 
 class Span(NamedTuple):
-    """Sites [start, stop) and the step whose offsets they stand for."""
+    """The offset of sites [start, stop), summed, as it was at step `source`: what is stored."""
 
     start: int
     stop: int
     source: int
 
 
+class Use(NamedTuple):
+    """Sites [start, stop) and what is added in their place: stored offsets, by source step, each with its weight; newest first."""
+
+    start: int
+    stop: int
+    terms: tuple[tuple[int, float], ...]
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The stored offsets that it reads."""
+        return tuple(Span(self.start, self.stop, source) for source, _ in self.terms)
+
+
 @dataclass(frozen=True)
 class Row:
-    """One step: spans to add, spans whose offsets are collected, spans that are not needed afterwards."""
+    """One step: what is added, spans whose offsets are collected, spans that are not needed afterwards."""
 
-    reuse: tuple[Span, ...] = ()
+    reuse: tuple[Use, ...] = ()
     store: tuple[Span, ...] = ()
     release: tuple[Span, ...] = ()
 
@@ -54,38 +67,55 @@ def breaks_of(trace: Trace, reused: Sequence[bool]) -> set[int]:
     return breaks
 
 
-def program(trace: Trace, actions: np.ndarray, *, force_store: bool = False) -> tuple[list[Row], list[str]]:
+def program(
+    trace: Trace,
+    actions: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    order: int = 1,
+    levels: Sequence[float] | None = None,
+    force_store: bool = False,
+) -> tuple[list[Row], list[str]]:
     """Compiles the actions [steps, sites] of one branch.
 
     Args:
+        weights: [steps, sites, terms] of a forecast cell's stored offsets, newest first; where all are 0, or there are none, the
+            polynomial through the last `order + 1` of them.
+        order: Of that polynomial.
+        levels: Noise level of every step, over which it is drawn; the steps' numbers unless told.
         force_store: Collect the offset of every site at every step, whether anything reads it or not (for tests and timing).
 
     Returns:
         A row per step, and the reasons for cells that cannot be reused although the plan says so.
     """
     steps, sites = actions.shape
-    last: list[int | None] = [None] * sites
-    reuse: list[list[Span]] = []
+    times = noise_fractions(levels) if levels is not None and len(levels) == steps else np.arange(steps, dtype=np.float64)
+    most = max(order + 1, weights.shape[-1] if weights is not None else 0)
+    computed: list[list[int]] = [[] for _ in range(sites)]
+    reuse: list[list[Use]] = []
     reasons: list[str] = []
     for k in range(steps):
-        reused = [bool(actions[k, s] == Action.REUSE) and last[s] is not None for s in range(sites)]
+        reused = [bool(actions[k, s] != Action.COMPUTE) and bool(computed[s]) for s in range(sites)]
         for s in range(sites):
-            if actions[k, s] == Action.REUSE and not reused[s]:
+            if actions[k, s] != Action.COMPUTE and not reused[s]:
                 reasons.append(f"step {k}, {trace.sites[s]}: computed, since it was never computed before")
         breaks = breaks_of(trace, reused)
-        spans: list[Span] = []
+        uses: list[Use] = []
         for s in range(sites):
             if not reused[s]:
-                last[s] = k
+                computed[s] = [k, *computed[s]][:most]
                 continue
-            source = last[s]
-            assert source is not None
-            if spans and spans[-1].stop == s and spans[-1].source == source and s not in breaks:
-                spans[-1] = Span(spans[-1].start, s + 1, source)
+            own = weights[k, s] if weights is not None else None
+            if actions[k, s] == Action.FORECAST:
+                terms = _terms(computed[s], times, k, order, own)
             else:
-                spans.append(Span(s, s + 1, source))
-        reuse.append(spans)
-    final = {span: k for k, spans in enumerate(reuse) for span in spans}
+                terms = ((computed[s][0], 1.0),)
+            if uses and uses[-1].stop == s and uses[-1].terms == terms and s not in breaks:
+                uses[-1] = Use(uses[-1].start, s + 1, terms)
+            else:
+                uses.append(Use(s, s + 1, terms))
+        reuse.append(uses)
+    final = {span: k for k, uses in enumerate(reuse) for use in uses for span in use.spans}
     store: list[list[Span]] = [[] for _ in range(steps)]
     release: list[list[Span]] = [[] for _ in range(steps)]
     for span, k in final.items():
@@ -93,11 +123,46 @@ def program(trace: Trace, actions: np.ndarray, *, force_store: bool = False) -> 
         release[k].append(span)
     if force_store:
         for k in range(steps):
-            computed = [s for s in range(sites) if not any(span.start <= s < span.stop for span in reuse[k])]
-            extra = [span for s in computed if (span := Span(s, s + 1, k)) not in final]
+            skipped = [s for s in range(sites) if not any(use.start <= s < use.stop for use in reuse[k])]
+            extra = [span for s in skipped if (span := Span(s, s + 1, k)) not in final]
             store[k] += extra
             release[k] += extra
     return [Row(tuple(sorted(r)), tuple(sorted(s)), tuple(sorted(x))) for r, s, x in zip(reuse, store, release, strict=True)], reasons
+
+
+def _terms(history: Sequence[int], times: np.ndarray, k: int, order: int, own: np.ndarray | None) -> tuple[tuple[int, float], ...]:
+    """Source steps and weights of a forecast; fewer where the history is short."""
+    if own is not None and own.any():
+        given = [float(weight) for weight in own[: len(history)]]
+        return tuple((source, weight) for source, weight in zip(history, given, strict=False) if weight) or ((history[0], 1.0),)
+    nodes = history[: order + 1]
+    return tuple(zip(nodes, polynomial_weights(times[nodes], times[k]), strict=True))
+
+
+def noise_fractions(levels: Sequence[float]) -> np.ndarray:
+    """Noise levels as the noise's share from 0 to 1: a rectified flow's sigma as it stands, another sigma as sigma / (1 + sigma).
+
+    A variance-preserving sampler's sigmas run over four decades, which no polynomial follows.
+    """
+    sigma = np.asarray(levels, dtype=np.float64)
+    return sigma / (1 + sigma) if sigma.max(initial=0.0) > 1.0 + 1e-6 else sigma
+
+
+def polynomial_weights(nodes: np.ndarray, at: float) -> tuple[float, ...]:
+    """Weights of values at `nodes` in the polynomial through them, taken at `at` (Lagrange; equal to divided differences).
+
+    A node that repeats an earlier one is left out.
+    """
+    kept: list[float] = []
+    index = []
+    for i, node in enumerate(nodes):
+        if all(abs(node - other) > 1e-9 for other in kept):
+            kept.append(float(node))
+            index.append(i)
+    weights = [0.0] * len(nodes)
+    for i, node in zip(index, kept, strict=True):
+        weights[i] = float(np.prod([(at - other) / (node - other) for other in kept if other != node]))
+    return tuple(weights)
 
 
 def state_bytes(trace: Trace, rows: Sequence[Row]) -> int:

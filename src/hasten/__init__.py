@@ -24,16 +24,22 @@ from hasten._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from hasten.accelerators.caching.delta_dit import DeltaDiT
+    from hasten.accelerators.caching.forecast import Forecast
+    from hasten.accelerators.caching.magcache import MagCache
     from hasten.accelerators.caching.plan import Action, Plan, PlanError
     from hasten.accelerators.caching.report import RunReport
     from hasten.accelerators.caching.runtime import attach
     from hasten.accelerators.caching.trace import Trace
     from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain, trace
+    from hasten.pipelines.calibration import calibrate
+    from hasten.pipelines.planning import plan
 
 __all__ = [
     "AcceleratedPipeline",
     "Action",
     "DeltaDiT",
+    "Forecast",
+    "MagCache",
     "Plan",
     "PlanError",
     "RunReport",
@@ -41,7 +47,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "attach",
+    "calibrate",
     "explain",
+    "plan",
     "trace",
 ]
 
@@ -49,13 +57,17 @@ _HOME = {
     "AcceleratedPipeline": "hasten.pipelines.accelerated",
     "Action": "hasten.accelerators.caching.plan",
     "DeltaDiT": "hasten.accelerators.caching.delta_dit",
+    "Forecast": "hasten.accelerators.caching.forecast",
+    "MagCache": "hasten.accelerators.caching.magcache",
     "Plan": "hasten.accelerators.caching.plan",
     "PlanError": "hasten.accelerators.caching.plan",
     "RunReport": "hasten.accelerators.caching.report",
     "Trace": "hasten.accelerators.caching.trace",
     "accelerate": "hasten.pipelines.accelerated",
     "attach": "hasten.accelerators.caching.runtime",
+    "calibrate": "hasten.pipelines.calibration",
     "explain": "hasten.pipelines.accelerated",
+    "plan": "hasten.pipelines.planning",
     "trace": "hasten.pipelines.accelerated",
 }
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import hasten
-from hasten.accelerators.caching.plan import Plan
+from hasten.accelerators.caching.forecast import forecast_plan
+from hasten.accelerators.caching.plan import Action, Plan
 from hasten.accelerators.caching.runtime import Session, attach, compute_all
 from hasten.accelerators.caching.trace import Trace
 from hasten.pipelines.accelerated import ComputeAll
@@ -385,3 +386,61 @@ def test_delta_dit_makes_the_plan_of_the_paper() -> None:
     rows = str(plan).splitlines()[2:9]
     assert [row.split()[1] for row in rows] == ["#" * 8, "##......", "#" * 8, "##......", "#" * 8, "......##", "#" * 8]
     assert compute_all(trace, 3).computed_fraction == 1.0
+
+
+# -------------------------------------------------------------------------------------------------------------- forecast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_forecast_follows_offsets_that_move_as_its_polynomial(order: int, dtype: torch.dtype) -> None:
+    """Each block adds a polynomial of the time: forecasts of at least its degree are exact, of a lower one are not."""
+
+    class Adds(nn.Module):
+        def __init__(self, degree: int) -> None:
+            super().__init__()
+            self.degree = degree
+
+        def forward(self, x: Tensor, t: float) -> Tensor:
+            return x + 0.25 * t**self.degree
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Adds(0), Adds(1), Adds(order)])
+
+        def forward(self, x: Tensor, t: float) -> Tensor:
+            for block in self.blocks:
+                x = block(x, t)
+            return x
+
+    net, times = Net(), [8.0, 6.0, 5.0, 4.0, 2.0, 1.0]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((torch.zeros(1, 3, WIDTH, dtype=dtype), t), {}) for t in times]
+    trace = hasten.trace(net, *calls[0][0])
+    computed = [True, True, True, False, True, False]
+    outputs = []
+    with attach(net, forecast_plan(trace, computed, order=max(order, 1), method="test"), num_inference_steps=6, trace=trace) as session:
+        session.facts["sigmas"] = [t / 8 for t in times]
+        for k, (args, _) in enumerate(calls):
+            with session.step(k):
+                outputs.append(net(*args))
+    for k, ((x, t), _) in enumerate(calls):
+        torch.testing.assert_close(outputs[k], net(x, t), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert session.report.plan is not None
+    assert [Action(a).name for a in session.report.plan.actions[:, 0, 0]] == [
+        "COMPUTE" if c else "FORECAST" for c in computed
+    ]  # fmt: skip
+    assert session.report.state_bytes_peak == (max(order, 1) + 1) * calls[0][0][0].nbytes, "one summed offset for each node"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_forecast_of_unchanged_inputs_changes_nothing(name: str) -> None:
+    """The polynomial through equal values is that value: the same call again gives the same output."""
+    model, inputs = FAMILIES[name]()
+    trace = hasten.trace(model, **inputs(0))
+    plan = forecast_plan(trace, [True, True, True, False], order=2, method="test")
+    outputs, session = steps(model, plan, [((), inputs(0)) for _ in range(4)], trace=trace)
+    torch.testing.assert_close(outputs[3], outputs[0], rtol=1e-4, atol=1e-5)
+    assert not session.report.reasons
+    replayed, _ = steps(model, session.report.plan, [((), inputs(0)) for _ in range(4)], trace=trace)
+    assert torch.equal(replayed[3], outputs[3])

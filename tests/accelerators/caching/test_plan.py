@@ -147,7 +147,7 @@ def test_a_plan_cannot_be_changed() -> None:
         ((np.zeros((2, 3), np.uint8), ("a", "b")), "there are 2 sites"),
         ((np.zeros((0, 1), np.uint8), ("a",)), "at least one step"),
         ((np.zeros((2, 1, 2), np.uint8), ("a",)), "1 branches"),
-        ((np.full((2, 1), 2), ("a",)), "unknown action 2"),
+        ((np.full((2, 1), 4), ("a",)), "unknown action 4"),
         ((np.full((2, 1), 256), ("a",)), "unknown action 256"),
         ((np.full((2, 1), -1), ("a",)), "unknown action -1"),
         ((np.zeros((2, 2), np.uint8), ("a", "a")), "a name of its own"),
@@ -157,6 +157,9 @@ def test_a_plan_cannot_be_changed() -> None:
         ((np.zeros((2, 1), np.uint8), ("a",), ("*",), {"x": float("nan")}), "plain JSON"),
         ((np.zeros((2, 1), np.uint8), ("a",), ("*",), {"x": object()}), "plain JSON"),
         ((np.zeros((2, 1), np.uint8), ("a",), ("*",), {"steps": 3}), "its facts say 3 steps"),
+        ((np.zeros((2, 1), np.uint8), ("a",), ("*",), {"forecast_order": -1}), "forecast_order must be"),
+        ((np.zeros((2, 1), np.uint8), ("a",), ("*",), {}, np.zeros((2, 1, 1))), "weights must be finite"),
+        ((np.zeros((2, 1), np.uint8), ("a",), ("*",), {}, np.full((2, 1, 1, 1), np.nan)), "weights must be finite"),
     ],
 )
 def test_what_is_no_plan(arguments: tuple[Any, ...], message: str) -> None:

@@ -1,0 +1,156 @@
+"""`hasten.plan`: measures a pipeline on a few prompts and solves for the plan that fits a speed-up or an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hasten.accelerators.caching.plan import Plan
+from hasten.accelerators.caching.planner import Planner, Schedule
+from hasten.pipelines.accelerated import ComputeAll, denoisers_of
+from hasten.pipelines.calibration import PROBES, Measured, Runs, StepCosts, measure, progress_bar, relative_errors, steps_of, typical
+
+COHERENCES = (0.0, 0.5, 1.0)
+"""How far errors of different steps may add up: plans are solved for each, and the replay decides."""
+
+
+def steps_for(costs: StepCosts, steps: int, speedup: float) -> int:
+    """Most steps that may be computed in full for a speed-up of the denoiser loop.
+
+    Raises:
+        ValueError: Not even one computed step is fast enough; the message says what is possible.
+    """
+    able = [count for count in range(1, steps + 1) if costs.speedup(steps, count) >= speedup * (1 - 1e-9)]
+    if not able:
+        raise ValueError(
+            f"speedup={speedup:g} is out of reach: with one computed step of {steps} it would be {costs.speedup(steps, 1):.2f}"
+        )
+    return able[-1]
+
+
+def plan(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    speedup: float | None = None,
+    error: float | None = None,
+    held_out: int | None = None,
+    seed: int = 0,
+    batch: int = 8,
+    denoiser: str | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Plan:
+    """Solves for the plan of least error at a speed-up, or of greatest speed-up within an error.
+
+        plan = hasten.plan(pipe, prompts, speedup=2.0, num_inference_steps=50)
+        fast = hasten.accelerate(pipe, plan)
+
+    Args:
+        pipe: A diffusers pipeline that takes prompts and can return latents (`output_type="latent"`).
+        prompts: At least two; those at the end are held out for the certificate.
+        speedup: Of the denoiser loop.
+        error: Most relative L2 error of the final latents against the plain pipeline (geometric mean over prompts).
+        held_out: How many prompts; a third unless told.
+        seed: Of the noise: prompt i gets seed + i.
+        batch: Prompts per call.
+        denoiser: Which network, where there are several.
+        progress: Whether to show a bar on stderr.
+        call: Arguments of the pipeline's call; `num_inference_steps` is needed.
+
+    Returns:
+        The plan. `plan.facts["certificate"]` has the predicted error, the replayed one on held-out prompts with its 95% interval, and
+        the predicted error of each step.
+
+    Raises:
+        ValueError: Neither or both of `speedup` and `error`, too few prompts, or a target that cannot be met (the best is named).
+    """
+    if (speedup is None) == (error is None):
+        raise ValueError("give speedup or error, one of the two")
+    if speedup is not None and not speedup >= 1:
+        raise ValueError(f"speedup must be at least 1, not {speedup:g}")
+    if error is not None and not error > 0:
+        raise ValueError(f"error must be positive, not {error:g}")
+    kept = held_out if held_out is not None else max(1, len(prompts) // 3)
+    if not 1 <= kept < len(prompts):
+        raise ValueError(f"there must be at least one prompt to calibrate on and one to hold out, not {len(prompts)} and held_out={kept}")
+    steps = steps_of(call)
+    name = next(iter(denoisers_of(pipe, denoiser)))
+    runs = Runs(pipe, name, tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)
+    known, fresh = runs.some(slice(len(prompts) - kept)), runs.some(slice(len(prompts) - kept, None))
+    with progress_bar(progress) as bar:
+        probes = min(PROBES, steps - 1)
+        task = bar.add_task("measuring", total=known.calls * (1 + probes))
+        measured = measure(known, steps, lambda: bar.advance(task), probes)
+        replays = bar.add_task("replaying", total=None)
+
+        def tick() -> None:
+            bar.advance(replays)
+
+        assert measured.costs is not None
+        if speedup is not None:
+            chosen = _best(known, measured, steps_for(measured.costs, steps, speedup), tick)
+        else:
+            assert error is not None
+            chosen = _within(known, measured, error, tick)
+        made, _ = fresh.run(chosen.plan, tick)
+        plain, _ = fresh.run(ComputeAll(), tick)
+    errors = relative_errors(plain, made)
+    replayed = typical(errors)
+    spread = math.exp(1.96 * np.log(np.maximum(errors, 1e-12)).std(ddof=1) / math.sqrt(len(errors))) if len(errors) > 1 else 1.0
+    certificate = {
+        "predicted": chosen.predicted,
+        "replayed": replayed,
+        "replayed_interval": [replayed / spread, replayed * spread] if len(errors) > 1 else None,
+        "replayed_mean": float(errors.mean()),
+        "speedup": round(measured.costs.speedup(steps, len(chosen.schedule.computed)), 3),
+        "held_out": kept,
+        "calibrated_on": len(prompts) - kept,
+        "step_errors": [round(float(e), 6) for e in chosen.schedule.errors],
+    }
+    target = f"speedup {speedup:g}" if speedup is not None else f"error {error:g}"
+    facts = {**measured.facts, "method": f"planned for {target}", "certificate": certificate}
+    return chosen.schedule.plan(measured.trace, **facts)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A schedule, its plan, and its error as predicted once the replay on known prompts has set the scale."""
+
+    schedule: Schedule
+    plan: Plan
+    predicted: float
+
+
+def _best(runs: Runs, measured: Measured, count: int, tick: Callable[[], None]) -> _Chosen:
+    """The best of several solutions, by their replay on the prompts that they were solved on."""
+    schedules = {Planner(measured.tables, coherence=c).solve(count).computed: c for c in COHERENCES}
+    best: _Chosen | None = None
+    for coherence in schedules.values():
+        schedule = Planner(measured.tables, coherence=coherence).solve(count)
+        candidate = schedule.plan(measured.trace)
+        made, _ = runs.run(candidate, tick)
+        replayed = typical(relative_errors(measured.latents, made))
+        if best is None or replayed < best.predicted:
+            best = _Chosen(schedule, candidate, replayed)
+    assert best is not None
+    return best
+
+
+def _within(runs: Runs, measured: Measured, error: float, tick: Callable[[], None]) -> _Chosen:
+    """The fewest computed steps whose replay stays within `error` (by bisection)."""
+    low, high, best = 1, measured.tables.steps, None
+    while low < high:
+        count = (low + high) // 2
+        found = _best(runs, measured, count, tick)
+        if found.predicted <= error:
+            best, high = found, count
+        else:
+            low = count + 1
+    if best is None or len(best.schedule.computed) != high:
+        best = _best(runs, measured, high, tick)
+    return best
