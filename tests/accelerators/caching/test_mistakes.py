@@ -19,8 +19,14 @@ from hasten.pipelines.accelerated import ComputeAll
 from tests.accelerators.caching.toys import WIDTH, Loop, Toy, guided, randn
 from tests.families import FAMILIES, PIPELINES, flux_pipeline, lumina2_pipeline, pixart_pipeline, run, sd3_pipeline
 
-DELTA = hasten.DeltaDiT(interval=2, cached=0.6)
+METHODS = {"delta-dit": hasten.DeltaDiT(interval=2, cached=0.6), "forecast": hasten.Forecast(interval=2, order=1, start=1)}
+"""Every rule; what needs calibration is carried out as a plan with the same actions."""
 every_pipeline = pytest.mark.parametrize("name", PIPELINES)
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Any:
+    return METHODS[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +62,9 @@ def hooked_class(scheduler: Any) -> bool:
 
 
 @every_pipeline
-def test_the_same_call_twice_gives_the_same_image(name: str) -> None:
+def test_the_same_call_twice_gives_the_same_image(name: str, method: Any) -> None:
     pipe, call = PIPELINES[name]()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     first, plan = run(fast, call), fast.report.plan
     other = run(fast, call, latents=call["latents"].flip(-1))
     assert torch.equal(run(fast, call), first)
@@ -68,14 +74,14 @@ def test_the_same_call_twice_gives_the_same_image(name: str) -> None:
 
 
 @every_pipeline
-def test_a_second_pipeline_of_the_same_class(name: str) -> None:
+def test_a_second_pipeline_of_the_same_class(name: str, method: Any) -> None:
     (one, call), (two, _) = PIPELINES[name](), PIPELINES[name]()
     with torch.no_grad():
         for p in two.transformer.parameters():
             p.mul_(0.9)
     plain = run(two, call)
-    alone = run(hasten.accelerate(two, DELTA), call)
-    fast_one, fast_two = hasten.accelerate(one, DELTA), hasten.accelerate(two, DELTA)
+    alone = run(hasten.accelerate(two, method), call)
+    fast_one, fast_two = hasten.accelerate(one, method), hasten.accelerate(two, method)
     first = run(fast_one, call)
     assert torch.equal(run(fast_two, call), alone)
     assert torch.equal(run(fast_one, call), first)
@@ -85,10 +91,10 @@ def test_a_second_pipeline_of_the_same_class(name: str) -> None:
 
 
 @every_pipeline
-def test_two_wrappers_on_one_transformer(name: str) -> None:
+def test_two_wrappers_on_one_transformer(name: str, method: Any) -> None:
     pipe, call = PIPELINES[name]()
     plain = run(pipe, call)
-    slow, quick = hasten.accelerate(pipe, DELTA), hasten.accelerate(pipe, hasten.DeltaDiT(interval=3, cached=1.0))
+    slow, quick = hasten.accelerate(pipe, method), hasten.accelerate(pipe, hasten.DeltaDiT(interval=3, cached=1.0))
     first = run(slow, call), run(quick, call)
     assert not torch.equal(*first)
     assert torch.equal(run(slow, call), first[0])
@@ -98,12 +104,12 @@ def test_two_wrappers_on_one_transformer(name: str) -> None:
 
 @pytest.mark.parametrize("other", ["plain", "accelerated"])
 @pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "wan", "lumina2"])
-def test_two_overlapping_runs_on_one_transformer(name: str, other: str) -> None:
+def test_two_overlapping_runs_on_one_transformer(name: str, other: str, method: Any) -> None:
     """A begins, B begins in another thread, A ends, B ends: neither sees the other, and nothing is left behind."""
     pipe, call = PIPELINES[name]()
     second, _ = PIPELINES[name]()
     second.register_modules(transformer=pipe.transformer)
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     rival = second if other == "plain" else hasten.accelerate(second, hasten.DeltaDiT(interval=3, cached=1.0))
     theirs = {**call, "latents": call["latents"].flip(-1)}
     expected, expected_rival = run(fast, call), run(rival, theirs)
@@ -141,9 +147,9 @@ def test_two_overlapping_runs_on_one_transformer(name: str, other: str) -> None:
 
 
 @every_pipeline
-def test_a_run_aborted_by_an_exception(name: str) -> None:
+def test_a_run_aborted_by_an_exception(name: str, method: Any) -> None:
     pipe, call = PIPELINES[name]()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     expected, small = run(fast, call), run(fast, smaller(name, call))
 
     def stop(_: Any, i: int) -> None:
@@ -163,9 +169,9 @@ def test_a_run_aborted_by_an_exception(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "flux_control", "wan"])
-def test_a_run_ended_by_the_interrupt_flag(name: str) -> None:
+def test_a_run_ended_by_the_interrupt_flag(name: str, method: Any) -> None:
     pipe, call = PIPELINES[name]()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     expected = run(fast, call)
     plan = fast.report.plan
 
@@ -178,14 +184,14 @@ def test_a_run_ended_by_the_interrupt_flag(name: str) -> None:
     assert len(report.step_seconds) == 3
     assert np.array_equal(report.plan.actions[:3], plan.actions[:3]) and not report.plan.actions[3:].any()
     assert any("ended after 3 of 6 steps" in warning for warning in report.warnings)
-    assert torch.equal(run(fast, smaller(name, call)), run(hasten.accelerate(pipe, DELTA), smaller(name, call)))
+    assert torch.equal(run(fast, smaller(name, call)), run(hasten.accelerate(pipe, method), smaller(name, call)))
     assert torch.equal(run(fast, call), expected)
 
 
 @every_pipeline
-def test_a_batch_mate_changes_nothing(name: str) -> None:
+def test_a_batch_mate_changes_nothing(name: str, method: Any) -> None:
     pipe, call = PIPELINES[name]()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     tensors = [key for key in call if key.endswith(("latents", "embeds", "mask")) and isinstance(call[key], Tensor)]
     mate = {key: call[key] if key.endswith("mask") else call[key].flip(-1) * 1.3 for key in tensors}
     control = {"control_image": torch.cat([call["control_image"]] * 2)} if "control_image" in call else {}
@@ -200,7 +206,7 @@ def test_a_batch_mate_changes_nothing(name: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- guidance
 
 
-def test_guidance_layouts() -> None:
+def test_guidance_layouts(method: Any) -> None:
     expected = {
         "pixart": (("branch0",), "batched x2"),
         "sd3": (("branch0",), "batched x2"),
@@ -211,7 +217,7 @@ def test_guidance_layouts() -> None:
     }
     for name, (branches, layout) in expected.items():
         pipe, call = PIPELINES[name]()
-        fast = hasten.accelerate(pipe, DELTA)
+        fast = hasten.accelerate(pipe, method)
         run(fast, call)
         assert fast.report.plan.branches == branches, name
         assert fast.report.plan.facts["guidance"] == layout, name
@@ -244,10 +250,10 @@ def test_guidance_in_two_calls_keeps_the_branches_apart(inference: bool) -> None
                             assert torch.equal(net(latents[k], float(k), conds[b]), out[k, b])
 
 
-def test_guidance_against_the_same_prompt() -> None:
+def test_guidance_against_the_same_prompt(method: Any) -> None:
     """Equal prompts in two tensors are told apart by identity. One tensor for both: nobody can tell the calls apart."""
     pipe, call = lumina2_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     run(fast, call, negative_prompt_embeds=call["prompt_embeds"].clone())
     assert not fast.report.reasons and fast.report.computed_fraction < 1
     net, cond, x = guided(), randn(2, 2, 3, WIDTH), randn(1, 2, 3, WIDTH)
@@ -261,9 +267,9 @@ def test_guidance_against_the_same_prompt() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.34, 0.5, 0.67])
-def test_guidance_in_two_calls_ends_part_way(ratio: float) -> None:
+def test_guidance_in_two_calls_ends_part_way(ratio: float, method: Any) -> None:
     pipe, call = lumina2_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     made = run(fast, call, cfg_trunc_ratio=ratio)
     report = fast.report
     planned = report.planned.branch("branch0")
@@ -289,7 +295,7 @@ def test_guidance_in_one_batch_is_switched_off_part_way() -> None:
     options = on_step("sd3", switch_off)
     plain = run(pipe, call, **options)
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll()), call, **options), plain)
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, METHODS["delta-dit"])
     made = run(fast, call, **options)
     assert 0 < (made - plain).norm() < 0.1 * plain.norm()
     assert any("batch [1]" in reason for reason in fast.report.reasons)
@@ -335,22 +341,22 @@ def test_a_span_of_which_some_blocks_are_left_out_by_hand() -> None:
 
 @pytest.mark.parametrize("scale", [False, True], ids=["told by the timestep", "told by scale_model_input"])
 @pytest.mark.parametrize("begin", [0, 2, 5])
-def test_image_to_image_without_a_begin_index(begin: int, scale: bool) -> None:
+def test_image_to_image_without_a_begin_index(begin: int, scale: bool, method: Any) -> None:
     from diffusers import DDIMScheduler
 
     loop = Loop(guided(), DDIMScheduler(clip_sample=False))
-    fast = hasten.accelerate(loop, DELTA)
+    fast = hasten.accelerate(loop, method)
     call: dict[str, Any] = {"latents": randn(1, 2, 3, WIDTH), "cond": [randn(2, 2, 3, WIDTH)], "begin": begin, "scale": scale}
     plain = loop(**call)
     assert torch.equal(hasten.accelerate(loop, ComputeAll())(**call), plain)
     fast(**call)
     assert fast.report.plan.steps == 6 - begin
     assert len(fast.report.plan.facts["sigmas"]) == 6 - begin
-    assert np.array_equal(fast.report.plan.actions, DELTA.plan(fast.trace, 6 - begin).actions)
+    assert np.array_equal(fast.report.plan.actions, method.plan(fast.trace, 6 - begin).actions)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_image_to_image_with_a_begin_index(strength: float) -> None:
+def test_image_to_image_with_a_begin_index(strength: float, method: Any) -> None:
     from diffusers import AutoencoderKL, StableDiffusion3Img2ImgPipeline
 
     base, call = sd3_pipeline()
@@ -361,10 +367,10 @@ def test_image_to_image_with_a_begin_index(strength: float) -> None:
     call |= {"image": randn(5, 1, 4, 8, 8), "strength": strength, "height": 8, "width": 8}
     plain = run(pipe, call)
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll()), call), plain)
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     run(fast, call)
     assert fast.report.plan.steps == 6 * strength
-    assert np.array_equal(fast.report.plan.actions, DELTA.plan(fast.trace, int(6 * strength)).actions)
+    assert np.array_equal(fast.report.plan.actions, method.plan(fast.trace, int(6 * strength)).actions)
     assert not fast.report.reasons and not fast.report.warnings
 
 
@@ -377,11 +383,11 @@ def heun(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
-def test_both_calls_of_a_second_order_step_share_a_row(name: str) -> None:
+def test_both_calls_of_a_second_order_step_share_a_row(name: str, method: Any) -> None:
     pipe, call = heun(name)
     plain = run(pipe, call)
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll(), force_store=True), call), plain)
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     last = pipe.transformer.transformer_blocks[-1]
     computed: list[int] = []
     hook = last.register_forward_hook(lambda *_: computed.append(1))
@@ -398,18 +404,18 @@ def test_both_calls_of_a_second_order_step_share_a_row(name: str) -> None:
     assert 0 < (made - plain).norm() < 0.2 * plain.norm()
 
 
-def test_pndm_has_a_row_for_every_timestep() -> None:
+def test_pndm_has_a_row_for_every_timestep(method: Any) -> None:
     from diffusers import PNDMScheduler
 
     pipe, call = pixart_pipeline(PNDMScheduler(skip_prk_steps=True))
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     run(fast, call)
     assert fast.report.plan.steps == 7
     assert not fast.report.reasons and not fast.report.warnings
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll()), call), run(pipe, call))
 
 
-def test_copies_of_the_scheduler_do_not_advance_the_step() -> None:
+def test_copies_of_the_scheduler_do_not_advance_the_step(method: Any) -> None:
     from diffusers import DDIMScheduler
 
     def use_a_copy(loop: Loop, i: int) -> None:
@@ -418,7 +424,7 @@ def test_copies_of_the_scheduler_do_not_advance_the_step() -> None:
         twin.step(torch.zeros(1), twin.timesteps[0], torch.zeros(1))
 
     loop = Loop(guided(), DDIMScheduler(clip_sample=False))
-    fast = hasten.accelerate(loop, DELTA)
+    fast = hasten.accelerate(loop, method)
     call = {"latents": randn(1, 2, 3, WIDTH), "cond": [randn(2, 2, 3, WIDTH)]}
     expected = fast(**call)
     assert torch.equal(fast(**call, on_step=use_a_copy), expected)
@@ -447,12 +453,12 @@ def test_a_handover_to_another_denoiser_counts_as_no_history() -> None:
     assert np.array_equal(alone.report.plan.actions, second.plan.actions)
 
 
-def test_a_pipeline_that_samples_twice_in_one_call() -> None:
+def test_a_pipeline_that_samples_twice_in_one_call(method: Any) -> None:
     from diffusers import DDIMScheduler
 
     loop = Loop(guided(), DDIMScheduler(clip_sample=False))
     call: dict[str, Any] = {"latents": randn(1, 2, 3, WIDTH), "cond": [randn(2, 2, 3, WIDTH)]}
-    fast = hasten.accelerate(loop, DELTA)
+    fast = hasten.accelerate(loop, method)
     once = fast(**call)
     assert torch.equal(fast(**call, rounds=2), fast(**{**call, "latents": once}))
     fast(**call, rounds=2)
@@ -492,9 +498,9 @@ def test_going_back_to_a_step_that_reuses_computes_it() -> None:
     assert dict(session.report.reasons) == {"blocks.0 to blocks.3: nothing is stored for it yet": 1}
 
 
-def test_a_loop_that_never_says_the_step() -> None:
+def test_a_loop_that_never_says_the_step(method: Any) -> None:
     net = guided()
-    with attach(net, DELTA, num_inference_steps=4) as session:
+    with attach(net, method, num_inference_steps=4) as session:
         for k in range(4):
             net(randn(k, 2, 3, WIDTH), float(k), randn(9, 2, 3, WIDTH))
     assert session.report.computed_fraction == 1.0
@@ -514,7 +520,7 @@ def test_a_prompt_that_is_changed_during_the_run(name: str) -> None:
         new = -call["prompt_embeds"]
         return {"prompt_embeds": torch.cat([call["negative_prompt_embeds"], new]) if name == "sd3" else new}
 
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, METHODS["delta-dit"])
     run(fast, call)
     assert fast.report.plan.actions[3].any()
     run(fast, call, **on_step(name, change))
@@ -524,6 +530,17 @@ def test_a_prompt_that_is_changed_during_the_run(name: str) -> None:
     assert np.array_equal(np.delete(plan[:, :, 0], 3, 0), np.delete(planned, 3, 0))
     for other in range(1, plan.shape[2]):  # the negative prompt is what it was
         assert np.array_equal(plan[:, :, other], planned)
+
+
+def test_a_forecast_never_mixes_offsets_of_two_prompts() -> None:
+    """It waits until it has enough of the new one's."""
+    pipe, call = PIPELINES["flux"]()
+    fast = hasten.accelerate(pipe, METHODS["forecast"])
+    run(fast, call, **on_step("flux", lambda pipe, i: {"prompt_embeds": -call["prompt_embeds"]} if i == 2 else None))
+    assert fast.report.plan.actions[:, :, 0].any(1).tolist() == [False, True, False, False, False, False]
+    assert {reason.partition(": ")[2] for reason in fast.report.reasons} == {
+        "the conditioning changed since the offsets were stored", "nothing is stored for it yet"
+    }  # fmt: skip
 
 
 def test_an_adapter_scale_that_is_changed_during_the_run() -> None:
@@ -612,11 +629,11 @@ def test_nan_checks_can_be_turned_off() -> None:
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 
-def test_lora_loaded_after_the_wrapper_was_made() -> None:
+def test_lora_loaded_after_the_wrapper_was_made(method: Any) -> None:
     from peft import LoraConfig
 
     pipe, call = sd3_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     before = run(fast, call)
     plan = fast.report.plan
     torch.manual_seed(1)
@@ -625,15 +642,15 @@ def test_lora_loaded_after_the_wrapper_was_made() -> None:
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll()), call), plain)
     made = run(fast, call)
     assert not torch.equal(made, before)
-    assert torch.equal(made, run(hasten.accelerate(pipe, DELTA), call))
+    assert torch.equal(made, run(hasten.accelerate(pipe, method), call))
     assert not fast.report.reasons
     # Delta-DiT needs no calibration, so its saved plan says nothing of weights: it still fits.
     assert torch.equal(run(hasten.accelerate(pipe, plan), call), made)
 
 
-def test_a_transformer_that_was_replaced_is_traced_anew() -> None:
+def test_a_transformer_that_was_replaced_is_traced_anew(method: Any) -> None:
     pipe, call = flux_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     run(fast, call)
     old = fast.trace
     other, _ = flux_pipeline()
@@ -642,17 +659,17 @@ def test_a_transformer_that_was_replaced_is_traced_anew() -> None:
     assert pipe.transformer is other.transformer
     made = run(fast, call)
     assert len(fast.trace.sites) == 5 != len(old.sites)
-    assert torch.equal(made, run(hasten.accelerate(other, DELTA), call))
+    assert torch.equal(made, run(hasten.accelerate(other, method), call))
 
 
 # ------------------------------------------------------------------------------------------------- plans that do not fit
 
 
-def test_a_plan_for_other_steps_another_scheduler_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_for_other_steps_another_scheduler_another_model(monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
     from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
     pipe, call = pixart_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     run(fast, call, num_inference_steps=20)
     plan = fast.report.plan
     replay = hasten.accelerate(pipe, plan)
@@ -668,11 +685,11 @@ def test_a_plan_for_other_steps_another_scheduler_another_model(monkeypatch: pyt
         run(hasten.accelerate(wrong, plan), theirs, num_inference_steps=20)
 
 
-def test_a_plan_for_another_guidance_layout(tmp_path: Any) -> None:
+def test_a_plan_for_another_guidance_layout(tmp_path: Any, method: Any) -> None:
     """Refused after the first step, which no plan can reuse anything in."""
     for make, unguided in ((pixart_pipeline, {"guidance_scale": 1.0}), (lumina2_pipeline, {"guidance_scale": 1.0})):
         pipe, call = make()
-        fast = hasten.accelerate(pipe, DELTA)
+        fast = hasten.accelerate(pipe, method)
         run(fast, call)
         fast.report.plan.save(tmp_path / "plan.safetensors")
         replay = hasten.accelerate(pipe, Plan.load(tmp_path / "plan.safetensors"))
@@ -712,9 +729,9 @@ def test_branches_are_matched_by_name_and_else_by_order() -> None:
 # -------------------------------------------------------------------------------------------------------------- threads
 
 
-def test_two_threads_on_one_wrapper() -> None:
+def test_two_threads_on_one_wrapper(method: Any) -> None:
     pipe, call = sd3_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     expected = run(fast, call)
     errors: list[BaseException] = []
 
@@ -736,15 +753,15 @@ def test_two_threads_on_one_wrapper() -> None:
     assert torch.equal(run(fast, call), expected)
 
 
-def test_a_wrapper_called_from_its_own_callback() -> None:
+def test_a_wrapper_called_from_its_own_callback(method: Any) -> None:
     pipe, call = sd3_pipeline()
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     with pytest.raises(RuntimeError, match="already running"):
         run(fast, call, **on_step("sd3", lambda pipe, i: fast(**call) and None))
 
 
-def test_a_session_serves_one_run_at_a_time() -> None:
-    session = attach(guided(), DELTA, num_inference_steps=2)
+def test_a_session_serves_one_run_at_a_time(method: Any) -> None:
+    session = attach(guided(), method, num_inference_steps=2)
     with session, pytest.raises(RuntimeError, match="already running"):
         session.__enter__()
 
@@ -754,19 +771,19 @@ def test_a_session_serves_one_run_at_a_time() -> None:
 
 @pytest.mark.parametrize("how", ["whole", "sequential"])
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
-def test_offload_through_accelerates_hooks(name: str, how: str) -> None:
+def test_offload_through_accelerates_hooks(name: str, how: str, method: Any) -> None:
     from accelerate import cpu_offload
     from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 
     pipe, call = PIPELINES[name]()
-    expected = run(hasten.accelerate(pipe, DELTA), call)
+    expected = run(hasten.accelerate(pipe, method), call)
     plain = run(pipe, call)
     if how == "whole":
         add_hook_to_module(pipe.transformer, CpuOffload("cpu"))
     else:
         cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=False)
         assert any(p.is_meta for p in pipe.transformer.parameters())
-    fast = hasten.accelerate(pipe, DELTA)
+    fast = hasten.accelerate(pipe, method)
     assert torch.equal(run(fast, call), expected)
     assert torch.equal(run(fast, call), expected)
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll(), force_store=True), call), plain)

@@ -1,0 +1,112 @@
+"""`hasten.plan` and `hasten.calibrate` on the model that ships, in few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hasten
+from hasten.accelerators.caching.plan import Action
+from hasten.pipelines.zoo.loading import call_defaults, load, path_of
+
+PROMPTS = ["a small red circle", "a large blue square", "a large green cross left of a small red square"]
+CALL = {**call_defaults(path_of("shapes")), "num_inference_steps": 10, "clean_caption": False, "use_resolution_binning": False}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    made = load("shapes")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def latents(target: Any, seed: int = 100) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(PROMPTS))]
+    return target(PROMPTS, generator=generators, output_type="latent", return_dict=False, **CALL)[0]
+
+
+def test_a_plan_within_an_error(pipe: Any, tmp_path: Path) -> None:
+    plan = hasten.plan(pipe, PROMPTS, error=0.05, progress=False, **CALL)
+    certificate = plan.facts["certificate"]
+    assert 0 < certificate["predicted"] <= 0.05
+    assert 0 < plan.computed_fraction < 1 and certificate["speedup"] > 1
+    assert len(certificate["step_errors"]) == 10 and certificate["held_out"] == 1 and certificate["calibrated_on"] == 2
+    steps = plan.actions[:, 0, 0]
+    assert steps[0] == Action.COMPUTE and set(steps) == {Action.COMPUTE, Action.FORECAST}
+    assert all(certificate["step_errors"][k] == 0 for k in np.flatnonzero(steps == Action.COMPUTE))
+    again = hasten.plan(pipe, PROMPTS, error=0.05, progress=False, **CALL)
+    assert np.array_equal(again.actions, plan.actions) and np.array_equal(again.weights, plan.weights)
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = hasten.Plan.load(tmp_path / "plan.safetensors")
+    assert loaded == plan and np.array_equal(loaded.weights, plan.weights)
+    fast = hasten.accelerate(pipe, loaded)
+    made, plain = latents(fast), latents(pipe)
+    assert (made - plain).norm() < 0.3 * plain.norm()
+    assert not fast.report.reasons and not fast.report.warnings
+    assert torch.equal(latents(hasten.accelerate(pipe, fast.report.plan)), made), "what was executed replays to the same bits"
+
+
+def test_a_plan_for_a_speedup(pipe: Any) -> None:
+    plan = hasten.plan(pipe, PROMPTS, speedup=1.5, progress=False, **CALL)
+    assert plan.facts["certificate"]["speedup"] >= 1.5
+    assert plan.facts["method"] == "planned for speedup 1.5"
+
+
+def test_magcache_from_one_prompt(pipe: Any) -> None:
+    plan = hasten.calibrate(pipe, PROMPTS[:1], hasten.MagCache(threshold=0.5, max_skip=2), progress=False, **CALL)
+    steps = plan.actions[:, 0, 0]
+    assert set(steps) == {Action.COMPUTE, Action.REUSE} and not steps[:2].any()
+    assert plan.facts["calibrated_on"] == 1 and len(plan.facts["ratios"]) == 9
+    fast = hasten.accelerate(pipe, plan)
+    assert (latents(fast) - latents(pipe)).norm() > 0
+    everything = hasten.calibrate(pipe, PROMPTS[:1], hasten.MagCache(threshold=0.0), progress=False, **CALL)
+    assert everything.computed_fraction == 1
+
+
+def test_magcache_decides_as_published() -> None:
+    """Worked by hand: ratios .98 .98 .98 drift by .02, then .0396, then .0588 of the product."""
+    rule = hasten.MagCache(threshold=0.07, max_skip=5, retention=0.0)
+    assert rule.computed(np.full(6, 0.98)) == [True, False, False, True, False, False, True]
+    assert hasten.MagCache(threshold=9.0, max_skip=1, retention=0.0).computed(np.ones(4)) == [True, False, True, False, True]
+    assert hasten.MagCache(threshold=9.0, max_skip=9, retention=0.5).computed(np.ones(5)) == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give speedup or error"),
+        ({"speedup": 2.0, "error": 0.1}, "give speedup or error"),
+        ({"speedup": 0.5}, "speedup must be at least 1, not 0.5"),
+        ({"error": 0.0}, "error must be positive, not 0"),
+        ({"speedup": 2.0, "held_out": 3}, "at least one prompt to calibrate on"),
+        ({"speedup": 2.0, "num_inference_steps": 2}, "num_inference_steps must be a whole number of at least 3"),
+        ({"speedup": 500.0}, "speedup=500 is out of reach: with one computed step of 10"),
+    ],
+)
+def test_what_cannot_be_planned(pipe: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hasten.plan(pipe, PROMPTS, progress=False, **{**CALL, **options})
+
+
+def test_what_cannot_be_calibrated(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="prompts is empty"):
+        hasten.calibrate(pipe, [], hasten.MagCache(), **CALL)
+    with pytest.raises(ValueError, match="DeltaDiT needs no calibration"):
+        hasten.calibrate(pipe, PROMPTS, hasten.DeltaDiT(), **CALL)
+    for options, message in (({"threshold": -1}, "threshold"), ({"max_skip": 1.5}, "max_skip"), ({"retention": 2}, "retention")):
+        with pytest.raises(ValueError, match=message):
+            hasten.MagCache(**options)
+    for options, message in (({"interval": 0}, "interval"), ({"order": 3}, "order"), ({"start": 1.5}, "start"), ({"start": True}, "start")):
+        with pytest.raises(ValueError, match=message):
+            hasten.Forecast(**options)
