@@ -12,16 +12,19 @@ from hasten.app.errors import BadInput
 
 CACHING, DRAWING, OUTPUT = "Caching", "Drawing", "Output"
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="'shapes', a diffusers pipeline folder, or a hub id.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="shapes, shapes-flow, a diffusers pipeline folder, or a hub id.")]
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="MODEL", help="'shapes', a diffusers pipeline folder, or a hub id.", rich_help_panel=DRAWING)
+    str,
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="shapes, shapes-flow, a diffusers pipeline folder, or a hub id.", rich_help_panel=DRAWING
+    ),
 ]
 MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
         metavar="NAME",
-        help="delta-dit, auto or none. Default: delta-dit for shapes, where it was measured; auto, a careful rule, for others.",
+        help="delta-dit, auto or none. Default: delta-dit for models that ship, where it was measured; auto, a careful rule, for others.",
         rich_help_panel=CACHING,
     ),
 ]
@@ -66,7 +69,7 @@ SizeOption = Annotated[
 ]
 BatchOption = Annotated[
     int | None,
-    typer.Option("--batch", metavar="N", help="Pictures at a time. Default: 8 for shapes, 1 for others.", rich_help_panel=DRAWING),
+    typer.Option("--batch", metavar="N", help="Pictures at a time. Default: 8 for models that ship, 1 for others.", rich_help_panel=DRAWING),
 ]
 DtypeOption = Annotated[
     str,

@@ -322,7 +322,7 @@ def export(recipe: Denoising, samples: int) -> None:
     # transformers loads in the dtype that the config names, diffusers in fp32: they must agree when neither is told.
     config = json.loads((scratch / "text_encoder" / "config.json").read_text())
     (scratch / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-    known = ("guidance_scale", "max_sequence_length")
+    known = ("guidance_scale", "max_sequence_length", "height", "width")
     recommended = {"steps": recipe.sampling["num_inference_steps"], **{k: recipe.sampling[k] for k in known if k in recipe.sampling}}
     (scratch / "hasten.json").write_text(json.dumps(recommended, indent=2) + "\n")
     pipe = DiffusionPipeline.from_pretrained(scratch)

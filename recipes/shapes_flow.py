@@ -26,8 +26,14 @@ class ShapesFlow(denoising.Denoising):
     steps = 3_000
     width, heads, dual, single = 144, 4, 2, 4
     align_width = width
-    sampling: ClassVar[dict[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 2.5, "max_sequence_length": shared.TEXT_LENGTH}
-    call = f"num_inference_steps=50, guidance_scale=2.5, max_sequence_length={shared.TEXT_LENGTH}"
+    sampling: ClassVar[dict[str, Any]] = {
+        "num_inference_steps": 50,
+        "guidance_scale": 2.5,
+        "max_sequence_length": shared.TEXT_LENGTH,
+        "height": world.RESOLUTION,  # the class draws 1024 x 1024 unless told
+        "width": world.RESOLUTION,
+    }
+    call = f"height=64, width=64, num_inference_steps=50, guidance_scale=2.5, max_sequence_length={shared.TEXT_LENGTH}"
     summary = f"an unmodified `AuraFlowPipeline` (rectified flow, {dual} dual-stream and {single} single-stream blocks of width {width})"
 
     def network(self) -> AuraFlowTransformer2DModel:

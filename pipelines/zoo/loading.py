@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-MODELS = ("shapes",)
+MODELS = ("shapes", "shapes-flow")
 """Names of the models that ship."""
 
 DEFAULTS_FILE = "hasten.json"
@@ -21,6 +21,8 @@ _DEFAULTS = {
     "steps": ("num_inference_steps", int),
     "guidance_scale": ("guidance_scale", float),
     "max_sequence_length": ("max_sequence_length", int),
+    "height": ("height", int),
+    "width": ("width", int),
 }
 
 
@@ -62,7 +64,7 @@ def load(name: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:
 def call_defaults(folder: Path) -> dict[str, Any]:
     """Arguments of the pipeline's call that its folder recommends in `hasten.json`; none where there is no such file.
 
-    The file may give `steps`, `guidance_scale` and `max_sequence_length`.
+    The file may give `steps`, `guidance_scale`, `max_sequence_length`, `height` and `width`.
 
     Raises:
         ValueError: The file is no JSON object, or a value is not a positive number.

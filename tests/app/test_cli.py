@@ -194,6 +194,18 @@ def test_bench_hands_over(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [(True, tmp_path / "rows.json")]
 
 
+def test_a_plan_that_was_made_draws(run: Run, tmp_path: Path) -> None:
+    prompts, plan = tmp_path / "prompts.txt", tmp_path / "made" / "plan.safetensors"
+    prompts.write_text("a cat\na dog\na cow\n")
+    made = run("plan", "make", "TINY", "--prompts", prompts, "--error", 0.5, "--steps", 5, "--out", plan, "--json")
+    assert made.exit_code == 0, made.stderr
+    certificate = json.loads(made.stdout)["facts"]["certificate"]
+    assert certificate["held_out"] == 1 and certificate["predicted"] <= 0.5
+    shown = run("plan", "show", plan).stdout
+    assert "planned for error 0.5" in shown and "held-out captions" in shown
+    assert run("generate", "a cat", "--model", "TINY", "--plan", plan, "--out", tmp_path / "out").exit_code == 0
+
+
 def test_version_and_help(run: Run) -> None:
     assert run("--version").stdout == f"hasten {hasten.__version__}\n"
     assert run().exit_code == 2 and "Usage" in run().stdout
@@ -213,7 +225,7 @@ def test_version_and_help(run: Run) -> None:
         (["generate", "--captions", "EMPTY"], "--captions must hold at least one caption"),
         (["generate", "--captions", "MISSING"], "--captions must be a text file"),
         (["generate", "--captions", "BINARY"], "--captions must be UTF-8 text"),
-        (["generate", "x", "--model", "nonsense"], "--model must be shapes, a diffusers pipeline folder, or a hub id"),
+        (["generate", "x", "--model", "nonsense"], "--model must be shapes, shapes-flow, a diffusers pipeline folder, or a hub id"),
         (["generate", "x", "--model", "EMPTY"], "--model must be"),
         (["generate", "x", "--model", "nobody/nothing"], "HF_HUB_OFFLINE"),
         (["generate", "x", "--model", "TINY", "--interval", "0"], "--interval must be a whole number of at least 1, not 0"),
@@ -246,16 +258,24 @@ def test_version_and_help(run: Run) -> None:
         (["verify", "TINY", "--prompts", "ONE", "--html", "."], "--html must be a file"),
         (["explain", "TINY", "--method", "none"], "nothing to explain"),
         (["plan", "show", "MISSING"], "there is no plan file"),
+        (["plan", "make", "TINY", "--prompts", "TWO"], "give --speedup or --error, one of the two"),
+        (["plan", "make", "TINY", "--prompts", "TWO", "--speedup", "2", "--error", "1"], "give --speedup or --error"),
+        (["plan", "make", "TINY", "--prompts", "TWO", "--speedup", "0.5"], "--speedup must be a number of at least 1"),
+        (["plan", "make", "TINY", "--prompts", "TWO", "--error", "0"], "--error must be positive, not 0"),
+        (["plan", "make", "TINY", "--prompts", "ONE", "--speedup", "2"], "--prompts must hold more captions than are held out (1), not 1"),
+        (["plan", "make", "TINY", "--prompts", "TWO", "--speedup", "2", "--held-out", "2"], "than are held out (2), not 2"),
+        (["plan", "make", "TINY", "--prompts", "TWO", "--speedup", "2", "--out", "."], "--out must be a file"),
         (["bench", "patience"], "NAME must be one of caching"),
         (["conjure"], "conjure"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_bad_input_is_refused_in_one_line(run: Run, tmp_path: Path, words: list[str], said: str) -> None:
-    files = {name: tmp_path / name.lower() for name in ("EMPTY", "MISSING", "BINARY", "ONE", "PLAN")}
+    files = {name: tmp_path / name.lower() for name in ("EMPTY", "MISSING", "BINARY", "ONE", "TWO", "PLAN")}
     files["EMPTY"].write_text(" \n")
     files["BINARY"].write_bytes(b"\xff\xfe\x00\x81")
     files["ONE"].write_text("a cat\n")
+    files["TWO"].write_text("a cat\na dog\n")
     before = sorted(tmp_path.iterdir())
     if words[0] == "generate" and "--out" not in words:
         words = [*words, "--out", str(tmp_path / "out")]
