@@ -69,7 +69,9 @@ SizeOption = Annotated[
 ]
 BatchOption = Annotated[
     int | None,
-    typer.Option("--batch", metavar="N", help="Pictures at a time. Default: 8 for models that ship, 1 for others.", rich_help_panel=DRAWING),
+    typer.Option(
+        "--batch", metavar="N", help="Pictures at a time. Default: 8 for models that ship, 1 for others.", rich_help_panel=DRAWING
+    ),
 ]
 DtypeOption = Annotated[
     str,
