@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hasten.accelerators.caching.affine import Affine
+from hasten.accelerators.caching.plan import Action
 from hasten.accelerators.caching.segments import Row, Span, Use
 from hasten.accelerators.caching.trace import Block, Position, Stream, version_of
-from hasten.accelerators.dispatch import Call
+from hasten.accelerators.dispatch import Call, Handler
 
 
 class Spare:
@@ -99,19 +102,7 @@ class _Sum:
         return None
 
 
-@dataclass
-class _Collector:
-    """Collects a span's offsets during one forward."""
-
-    span: Span
-    sums: dict[int, _Sum] = field(default_factory=dict)
-    broken: str | None = None
-
-    def close(self) -> str | None:
-        return next((reason for total in self.sums.values() if (reason := total.close()) is not None), None)
-
-
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """A stream on its way into a block: its value before the call, the object itself, and its version."""
 
     before: Tensor | None
@@ -119,34 +110,151 @@ class _Given(NamedTuple):
     version: int | None
 
     @classmethod
-    def of(cls, stream: Stream, tensor: Tensor | None, in_place: bool) -> _Given:
-        if tensor is None:
-            return cls(None, None, None)
-        return cls(tensor.clone() if in_place else tensor, tensor, version_of(tensor))
+    def all(cls, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Given]:
+        """All streams of a block that is about to be called."""
+        tensors = [argument(stream.position, args, kwargs) for stream in block.streams]
+        return [cls(None, None, None) if t is None else cls(t.clone() if block.in_place else t, t, version_of(t)) for t in tensors]
 
 
 @dataclass
-class BranchState:
-    """What one guidance branch keeps during a run."""
+class Collector:
+    """Collects a span's offsets during one forward."""
 
-    rows: list[Row]
-    last_use: dict[Span, int]
+    span: Span
+    sums: dict[int, _Sum] = field(default_factory=dict)
+    broken: str | None = None
+
+    def take(self, site: int, block: Block, given: Sequence[Given], out: Any, spare: Spare) -> None:
+        """One more block of the span: what it was given and what it returned."""
+        for stream, entry in zip(block.streams, given, strict=True):
+            after = out if stream.slot is None else out[stream.slot]
+            if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
+                self.broken = f"{block.path} was not called as it was when the model was traced"
+                return
+            total = self.sums.setdefault(stream.index, _Sum(spare))
+            reason = total.extend(entry.before, entry.entered, entry.version, after)
+            if reason is not None:
+                self.broken = f"no link: {reason}"
+                return
+        if site == self.span.stop - 1:
+            self.broken = self.close()
+
+    def value(self) -> dict[int, Tensor]:
+        """The offset of each stream, once closed."""
+        return {stream: total.total for stream, total in self.sums.items() if total.total is not None}
+
+    def close(self) -> str | None:
+        """Takes the offsets of what is still open; the reason if they cannot be told."""
+        return next((reason for total in self.sums.values() if (reason := total.close()) is not None), None)
+
+
+class Pass(Protocol):
+    """One denoiser call while it runs."""
+
+    reasons: list[str]
+    """Why sites are computed that the plan wanted reused."""
+
+    def handlers(self) -> dict[nn.Module, Handler]:
+        """What replaces the calls of the denoiser's modules."""
+
+    def finish(self) -> None:
+        """Stores what was collected.
+
+        Raises:
+            Recompute: The call did not go as foreseen.
+        """
+
+    def executed(self, planned: np.ndarray) -> np.ndarray:
+        """The actions taken, [sites] or [sites, rows], given those planned."""
+
+
+class BranchState(Protocol):
+    """What one guidance branch keeps during a run; one class for each kind of site."""
+
     bytes_planned: int
-    called: list[int] = field(default_factory=list)
-    values: dict[Span, dict[int, Tensor]] = field(default_factory=dict)
-    untested: set[Span] = field(default_factory=set)
-    """Spans whose values nobody has read yet: whether they are finite is asked then."""
-    refused: dict[Span, str] = field(default_factory=dict)
-    spare: Spare = field(default_factory=Spare)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes stored now."""
+
+    def start(self, step: int, doubt: str | None) -> Pass | None:
+        """The call of a step, or None where there is nothing to do in it.
+
+        Args:
+            doubt: Why nothing may be reused in this call, or None.
+        """
+
+    def release(self, step: int) -> None:
+        """Drops what no step from `step` on reads. A step may be evaluated several times, so nothing is dropped within one."""
+
+    def clear(self) -> None:
+        """Drops everything."""
+
+    def reindex(self, rows: Tensor) -> None:
+        """Lets the rows of everything stored follow the samples."""
+
+    def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
+        """What was stored at a step, for observers."""
+
+
+Finite = Callable[[Tensor], bool]
+"""Whether an offset may be used."""
+
+
+class BlockState:
+    """The offsets of spans of blocks.
+
+    Args:
+        blocks: The sites.
+        modules: Their modules.
+        rows: What the plan says for each step.
+        finite: Whether an offset may be used.
+        bytes_planned: Most bytes that the plan stores.
+        corrections: For each site, for each step, what an offset that is added there is corrected with.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        modules: Sequence[nn.Module],
+        rows: Sequence[Row],
+        finite: Finite,
+        bytes_planned: int,
+        corrections: Sequence[list[Affine | None] | None] = (),
+    ) -> None:
+        self.corrections = corrections
+        self.blocks, self.modules, self.rows, self.finite, self.bytes_planned = blocks, modules, rows, finite, bytes_planned
+        self.last_use = {span: k for k, row in enumerate(rows) for span in (*row.store, *row.release)}
+        self.called: list[int] = []
+        self.values: dict[Span, dict[int, Tensor]] = {}
+        # Spans whose values nobody has read yet: whether they are finite is asked then.
+        self.untested: set[Span] = set()
+        self.refused: dict[Span, str] = {}
+        self.spare = Spare()
 
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for value in self.values.values() for t in value.values())
 
+    def start(self, step: int, doubt: str | None) -> Forward | None:
+        row = self.rows[step]
+        return Forward(self, step, row, doubt) if row.reuse or row.store else None
+
     def release(self, step: int) -> None:
-        """Drops what no step from `step` on reads. A step may be evaluated several times, so nothing is dropped within one."""
         for span in [span for span in self.values if self.last_use[span] < step]:
             self.spare.give(self.values.pop(span))
+
+    def clear(self) -> None:
+        self.values.clear()
+
+    def reindex(self, rows: Tensor) -> None:
+        self.spare.tensors.clear()  # of the old batch size
+        for value in self.values.values():
+            for stream, tensor in value.items():
+                value[stream] = tensor.index_select(0, rows.to(tensor.device))
+
+    def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
+        return {span: value for span, value in self.values.items() if span.source == step}
 
 
 class Recompute(Exception):
@@ -157,15 +265,14 @@ class Forward:
     """One denoiser call: what each block does.
 
     Args:
-        blocks: The sites.
         branch: What the call's guidance branch keeps; `finish` puts into it what was collected.
         row: What the plan says for this step.
         doubt: Why nothing may be reused in this call, or None.
-        finite: Whether an offset may be used.
     """
 
-    def __init__(self, blocks: Sequence[Block], branch: BranchState, row: Row, doubt: str | None, finite: Callable[[Tensor], bool]) -> None:
-        self.blocks = blocks
+    def __init__(self, branch: BlockState, step: int, row: Row, doubt: str | None) -> None:
+        self.step = step
+        self.blocks = branch.blocks
         self.branch = branch
         self.reused: set[int] = set()
         self.reasons: list[str] = []
@@ -176,7 +283,7 @@ class Forward:
         stores = list(row.store)
         for use in row.reuse:
             called = [site for site in branch.called if use.start <= site < use.stop]
-            why = doubt or next((reason for span in use.spans if (reason := self._unusable(span, finite)) is not None), None)
+            why = doubt or next((reason for span in use.spans if (reason := self._unusable(span)) is not None), None)
             if why is None and called:
                 self.uses |= dict.fromkeys(called, use)
                 self.ends[called[-1]] = use
@@ -187,9 +294,9 @@ class Forward:
                 if len(use.terms) == 1 and newest not in branch.values and newest not in branch.refused:
                     stores.append(newest)
         # Only what is computed now can be collected, and only where nothing inside the span is reused.
-        self.collectors = [_Collector(span) for span in stores if not any(s in self.uses for s in range(span.start, span.stop))]
+        self.collectors = [Collector(span) for span in stores if not any(s in self.uses for s in range(span.start, span.stop))]
 
-    def _unusable(self, span: Span, finite: Callable[[Tensor], bool]) -> str | None:
+    def _unusable(self, span: Span) -> str | None:
         """Why what is stored for a span cannot be used, or None."""
         branch = self.branch
         if span in branch.refused:
@@ -198,7 +305,7 @@ class Forward:
             return "nothing is stored for it yet"
         if span in branch.untested:
             branch.untested.remove(span)
-            if not all(finite(tensor) for tensor in branch.values[span].values()):
+            if not all(branch.finite(tensor) for tensor in branch.values[span].values()):
                 del branch.values[span]
                 return "its stored offset is not finite"
         return None
@@ -207,7 +314,16 @@ class Forward:
         name = self.blocks[use.start].path + (f" to {self.blocks[use.stop - 1].path}" if use.stop > use.start + 1 else "")
         self.reasons.append(f"{name}: {reason}")
 
-    def handler(self, site: int) -> Callable[..., Any]:
+    def handlers(self) -> dict[nn.Module, Handler]:
+        return {module: self.handler(site) for site, module in enumerate(self.branch.modules)}
+
+    def executed(self, planned: np.ndarray) -> np.ndarray:
+        row = np.full(len(planned), Action.COMPUTE, np.uint8)
+        at = sorted(self.reused)
+        row[at] = planned[at]
+        return row
+
+    def handler(self, site: int) -> Handler:
         """What replaces the call of the block at `site` during this forward."""
         block = self.blocks[site]
 
@@ -219,12 +335,10 @@ class Forward:
             collectors = [c for c in self.collectors if c.span.start <= site < c.span.stop and c.broken is None]
             if not collectors:
                 return call(*args, **kwargs)
-            given = [_Given.of(s, _at(s.position, args, kwargs), block.in_place) for s in block.streams]
+            given = Given.all(block, args, kwargs)
             out = call(*args, **kwargs)
             for collector in collectors:
-                collector.broken = self._collect(collector, block, given, out)
-                if collector.broken is None and site == collector.span.stop - 1:
-                    collector.broken = collector.close()
+                collector.take(site, block, given, out, self.branch.spare)
             return out
 
         return handle
@@ -232,36 +346,27 @@ class Forward:
     def _reuse(self, site: int, use: Use, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values = [self.branch.values[span] for span in use.spans]
         last = site in self.ends
-        outputs: dict[int | None, Tensor] = {}
-        for stream in block.streams:
-            tensor = _at(stream.position, args, kwargs)
+
+        def added(stream: Stream, tensor: Tensor) -> Tensor:
             offsets = [value.get(stream.index) for value in values]
-            if tensor is None or any(o is not None and (o.shape != tensor.shape or o.dtype != tensor.dtype) for o in offsets):
-                raise Recompute("the shape of the stream, or the batch, is no longer that of the stored offset")
-            if last:
-                terms = [(o.to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
-                # A block that returns its own, changed input may be called for that effect alone.
-                tensor = _add(tensor, terms, in_place=stream.aliased and block.in_place)
-            outputs[stream.slot] = tensor
+            if any(o is not None and (o.shape != tensor.shape or o.dtype != tensor.dtype) for o in offsets):
+                raise Recompute(CHANGED)
+            if not last:
+                return tensor
+            terms = [(o.to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
+            fixes = self.branch.corrections[use.stop - 1] if self.branch.corrections else None
+            fix = fixes[self.step] if fixes is not None and stream.index == 0 else None
+            if fix is not None:
+                whole = add_offsets(torch.zeros_like(tensor), terms, in_place=False) if len(terms) > 1 else terms[0][0]
+                terms = [(fix.apply(whole, -1), 1.0)]
+            # A block that returns its own, changed input may be called for that effect alone.
+            return add_offsets(tensor, terms, in_place=stream.aliased and block.in_place)
+
+        out = pass_on(block, args, kwargs, added)
         self.reused.add(site)
         if last:
             self.done.add(use)
-        if block.form == "tensor":
-            return outputs[None]
-        made = [outputs.get(slot) for slot in range(block.width)]
-        return tuple(made) if block.form == "tuple" else made
-
-    def _collect(self, collector: _Collector, block: Block, given: list[_Given], out: Any) -> str | None:
-        for stream, entry in zip(block.streams, given, strict=True):
-            after = out if stream.slot is None else out[stream.slot]
-            if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
-                return f"{block.path} was not called as it was when the model was traced"
-            reason = collector.sums.setdefault(stream.index, _Sum(self.branch.spare)).extend(
-                entry.before, entry.entered, entry.version, after
-            )
-            if reason is not None:
-                return f"no link: {reason}"
-        return None
+        return out
 
     def finish(self) -> None:
         """Stores what was collected.
@@ -280,13 +385,33 @@ class Forward:
             if broken is not None:
                 self.branch.refused[collector.span] = broken
                 continue
-            value = {stream: total.total for stream, total in collector.sums.items() if total.total is not None}
-            self.branch.values[collector.span] = value
+            self.branch.values[collector.span] = collector.value()
             self.branch.untested.add(collector.span)
             self.branch.refused.pop(collector.span, None)
 
 
-def _add(tensor: Tensor, terms: Sequence[tuple[Tensor, float]], *, in_place: bool) -> Tensor:
+CHANGED = "the shape of the stream, or the batch, is no longer that of the stored offset"
+
+
+def pass_on(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], made: Callable[[Stream, Tensor], Tensor]) -> Any:
+    """What a block returns that is not computed: each of its streams as `made` says, in the block's own form.
+
+    Raises:
+        Recompute: A stream is not among the arguments.
+    """
+    outputs: dict[int | None, Tensor] = {}
+    for stream in block.streams:
+        tensor = argument(stream.position, args, kwargs)
+        if tensor is None:
+            raise Recompute(CHANGED)
+        outputs[stream.slot] = made(stream, tensor)
+    if block.form == "tensor":
+        return outputs[None]
+    entries = [outputs.get(slot) for slot in range(block.width)]
+    return tuple(entries) if block.form == "tuple" else entries
+
+
+def add_offsets(tensor: Tensor, terms: Sequence[tuple[Tensor, float]], *, in_place: bool) -> Tensor:
     """`tensor` plus the weighted offsets; in fp32 where large terms would cancel in half precision."""
     if len(terms) > 1 and tensor.dtype in (torch.float16, torch.bfloat16):
         total = tensor.float()
@@ -302,6 +427,7 @@ def _add(tensor: Tensor, terms: Sequence[tuple[Tensor, float]], *, in_place: boo
     return tensor
 
 
-def _at(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def argument(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that stands there, or None."""
     value = args[position] if isinstance(position, int) and position < len(args) else kwargs.get(position)  # type: ignore[arg-type]
     return value if isinstance(value, Tensor) else None

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.trace import Trace
 
 FORMAT_VERSION = 1
+ROW = "#"
+"""Between a guidance branch and a row of the batch, where the rows of a recorded run decided differently."""
 ALL_BRANCHES = "*"
 """The one branch of a plan that treats every guidance branch alike."""
 
@@ -34,6 +36,7 @@ HARD_FACTS = ("model", "config", "steps", "guidance", "scheduler", "order")
 SOFT_FACTS = ("dtype", "resolution")
 """What is warned of."""
 SIGMA_TOLERANCE = 0.05
+_CORRECTION = "correction."
 
 
 class Action(IntEnum):
@@ -53,10 +56,10 @@ class PlanError(ValueError):
 
 
 class _Facts(dict[str, Any]):
-    """Facts that cannot be changed, and that `json` takes for what they are: a dictionary."""
+    """A dictionary that cannot be changed, and that `json` takes for what it is."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("the facts of a plan cannot be changed; make another plan with other facts")
+        raise TypeError("a plan cannot be changed; make another one, with other facts or corrections")
 
     __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse
 
@@ -76,6 +79,8 @@ class Plan:
         weights: float32 [steps, sites, branches, terms] or None: what a forecast adds is the sum of the site's last computed offsets,
             newest first, by these weights. Where all are 0, or there are none, the weights are those of the polynomial through the
             last `forecast_order + 1` of them (a fact; 1 unless told), drawn over the noise level.
+        corrections: By site, float32 [2, steps, branches, channels]: scale and shift of what is reused there. A span of blocks is
+            corrected by what stands at its last block, on the first stream.
         facts: What it is bound to: model, config, steps, and, once it was executed, scheduler, order, guidance, sigmas, dtype,
             resolution; anything else is kept as a note.
 
@@ -88,6 +93,7 @@ class Plan:
     branches: tuple[str, ...] = (ALL_BRANCHES,)
     facts: Mapping[str, Any] = field(default_factory=dict)
     weights: np.ndarray | None = None
+    corrections: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         actions = np.asarray(self.actions)
@@ -123,6 +129,18 @@ class Plan:
                 raise PlanError(f"weights must be finite and of shape {[*actions.shape]} and a number of terms, not {[*weights.shape]}")
             weights.setflags(write=False)
             object.__setattr__(self, "weights", weights)
+        corrections = {}
+        for site, table in sorted(self.corrections.items()):
+            table = np.array(table, dtype=np.float32, order="C")
+            if site not in self.sites or table.ndim != 4 or table.shape[:3] != (2, actions.shape[0], actions.shape[2]):
+                raise PlanError(
+                    f"the correction of {site} must be for a site and of shape [2, steps, branches, channels], not {table.shape}"
+                )
+            if not np.isfinite(table).all():
+                raise PlanError(f"the correction of {site} is not finite")
+            table.setflags(write=False)
+            corrections[site] = table
+        object.__setattr__(self, "corrections", _Facts(corrections))
         order = facts.get("forecast_order", 1)
         if type(order) is not int or order < 0:
             raise PlanError(f"forecast_order must be a whole number of at least 0, not {order!r}")
@@ -146,6 +164,8 @@ class Plan:
         body = head + repr(self.actions.shape).encode() + self.actions.tobytes()
         if self.weights is not None:
             body += repr(self.weights.shape).encode() + self.weights.tobytes()
+        for site, table in self.corrections.items():
+            body += site.encode() + repr(table.shape).encode() + table.tobytes()
         return hashlib.sha256(body).hexdigest()
 
     def __hash__(self) -> int:
@@ -163,11 +183,27 @@ class Plan:
         """
         return self.actions[:, :, self.branch_index(name, order)]
 
+    @property
+    def guidance_branches(self) -> tuple[str, ...]:
+        """The branches, those of single rows taken together."""
+        return tuple(dict.fromkeys(name.rpartition(ROW)[0] or name for name in self.branches))
+
+    def rows_of(self, name: str, order: int = 0) -> np.ndarray | None:
+        """The actions [rows, steps, sites] of a guidance branch whose rows have columns of their own; None where they have not."""
+        known = self.guidance_branches
+        name = name if name in known else known[order if order < len(known) else 0]
+        found = [i for i, branch in enumerate(self.branches) if branch.rpartition(ROW)[0] == name]
+        return self.actions[:, :, found].transpose(2, 0, 1) if found else None
+
     def branch_index(self, name: str, order: int = 0) -> int:
-        """Number of the branch that `branch` means."""
+        """Number of the branch that `branch` means; of its first row where its rows have columns of their own."""
         if name in self.branches:
             return self.branches.index(name)
-        return order if order < len(self.branches) else 0
+        known = [branch.rpartition(ROW)[0] or branch for branch in self.branches]
+        if name in known:
+            return known.index(name)
+        names = self.guidance_branches
+        return known.index(names[order if order < len(names) else 0])
 
     @property
     def forecast_order(self) -> int:
@@ -191,9 +227,9 @@ class Plan:
         if isinstance(costs, tuple):
             seconds, rest = costs
         else:
-            if costs.sites != self.sites:
+            if costs.kind_of(self.sites) is None:
                 raise PlanError(f"the plan is for {len(self.sites)} sites such as {self.sites[:1]}, the trace has {costs.sites[:3]}")
-            seconds, rest = costs.costs()
+            seconds, rest = costs.costs(self.sites)
         computed = float(((self.actions == Action.COMPUTE).mean(axis=(0, 2)) * np.asarray(seconds)).sum()) + rest
         return (float(sum(seconds)) + rest) / computed if computed > 0 else math.inf
 
@@ -215,6 +251,7 @@ class Plan:
         }
         scratch_name = None
         tensors = {"actions": self.actions} | ({"weights": self.weights} if self.weights is not None else {})
+        tensors |= {f"{_CORRECTION}{site}": table for site, table in self.corrections.items()}
         data = safetensors.numpy.save(tensors, metadata={"hasten_plan": json.dumps(head)})
         try:
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as scratch:
@@ -240,6 +277,7 @@ class Plan:
                 keys = set(file.keys())
                 actions = file.get_tensor("actions") if "actions" in keys else None
                 weights = file.get_tensor("weights") if "weights" in keys else None
+                corrections = {key.removeprefix(_CORRECTION): file.get_tensor(key) for key in keys if key.startswith(_CORRECTION)}
         except FileNotFoundError:
             raise PlanError(f"there is no plan file {path}") from None
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:  # numpy has no name for some dtypes
@@ -251,10 +289,11 @@ class Plan:
         found = head.get("format_version") if isinstance(head, dict) else None
         if type(found) is not int or found != FORMAT_VERSION:
             raise PlanError(f"{path} has plan format version {found}, this hasten reads version {FORMAT_VERSION}")
-        if keys - {"weights"} != {"actions"} or head.keys() != {"format_version", "sites", "branches", "facts", "digest"}:
+        known = {"actions", "weights", *(f"{_CORRECTION}{site}" for site in corrections)}
+        if "actions" not in keys or keys - known or head.keys() != {"format_version", "sites", "branches", "facts", "digest"}:
             raise PlanError(f"{path} was altered: it does not hold exactly what a plan holds")
         try:
-            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"], weights)
+            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"], weights, corrections)
         except (PlanError, TypeError, ValueError) as error:
             raise PlanError(f"{path} was altered: {error}") from None
         if plan._digest() != head["digest"]:

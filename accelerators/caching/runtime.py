@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hasten.accelerators.caching.affine import affines
 from hasten.accelerators.caching.branches import Branches
 from hasten.accelerators.caching.contexts import named_contexts
-from hasten.accelerators.caching.forward import BranchState, Forward, Recompute
-from hasten.accelerators.caching.plan import ALL_BRANCHES, Action, Plan, PlanError
+from hasten.accelerators.caching.deciders import DecidedState, Decider, Recorded
+from hasten.accelerators.caching.deep import DeepState
+from hasten.accelerators.caching.forward import BlockState, BranchState, Pass, Recompute
+from hasten.accelerators.caching.parts import PartState, part_program
+from hasten.accelerators.caching.plan import ALL_BRANCHES, ROW, Action, Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
 from hasten.accelerators.caching.trace import (
-    Block,
     Trace,
     TraceError,
     format_bytes,
@@ -34,7 +37,6 @@ from hasten.accelerators.dispatch import Call, compiled_whole, intercept
 
 TraceKey = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of the latents."""
-UNREACHED = 255
 
 
 Observer = Callable[[str, int, dict[Span, dict[int, Tensor]]], None]
@@ -58,7 +60,7 @@ def plan_for(method: Method | Plan, trace: Trace, steps: int) -> Plan:
     if plan.steps != steps:
         raise PlanError(f"the plan has {plan.steps} steps, this run has {steps}")
     plan.check({"model": trace.model, "config": trace.config_hash})
-    if plan.sites != trace.sites:
+    if trace.kind_of(plan.sites) is None:
         raise PlanError(f"the plan is for {len(plan.sites)} sites ({', '.join(plan.sites[:2])} ...), the model has {len(trace.sites)}")
     return plan
 
@@ -66,7 +68,7 @@ def plan_for(method: Method | Plan, trace: Trace, steps: int) -> Plan:
 def compiled(
     trace: Trace, plan: Plan, branch: int, levels: Sequence[float] | None = None, *, force_store: bool = False
 ) -> tuple[list[Row], list[str]]:
-    """What the runtime does under one branch of a plan, and why cells cannot be reused; see `program`.
+    """What the runtime does under one branch of a plan for blocks, and why cells cannot be reused; see `program`.
 
     Args:
         levels: Noise level of every step; those of the plan's facts unless told.
@@ -142,16 +144,15 @@ class Session:
         self._branches: dict[str, BranchState] = {}
         self._names = Branches()
         self.context: str | None = None
-        self._forward: Forward | None = None
-        self._executed: dict[str, np.ndarray] = {}
+        self._forward: Pass | None = None
+        self._executed: dict[str, list[np.ndarray | None]] = {}
+        self._compactable: dict[type, str | None] = {}
         self._step_seconds: list[float] = []
         self._bytes_peak = 0
         self._nan_flag: Tensor | None = None
         self._began: float | None = None
         self._ended = 0.0
         self._events: list[tuple[int, Any, Any]] = []
-        self._modules: list[nn.Module] = []
-        self._blocks: list[Block] = []
 
     # ------------------------------------------------------------------------------------------------ life of a run
 
@@ -223,10 +224,7 @@ class Session:
         """
         rows = torch.as_tensor(index, dtype=torch.long)
         for branch in self._branches.values():
-            branch.spare.tensors.clear()  # of the old batch size
-            for value in branch.values.values():
-                for stream, tensor in value.items():
-                    value[stream] = tensor.index_select(0, rows.to(tensor.device))
+            branch.reindex(rows)
         if self.latents_batch is not None:
             self._names.reindex(rows, self.latents_batch)
 
@@ -239,8 +237,6 @@ class Session:
         latents = tensors_of(args, kwargs)[position]
         if self._plan is None:
             self.trace = self._traced(args, kwargs, latents)
-            self._modules = [self.denoiser.get_submodule(path) for path in self.trace.sites]
-            self._blocks = [self.trace.blocks[i] for i in self.trace.offered]
             total = self._steps if isinstance(self._steps, int) else self._steps(args, kwargs)
             self._plan = plan_for(self.method, self.trace, total)
             self.facts |= {"dtype": self.trace.dtype, "resolution": list(self.trace.resolution[1:])}
@@ -255,9 +251,9 @@ class Session:
         seen = self._names.name(args, kwargs, latents=position, context=self.context, learning=learning)
         branch = self._branch(seen.name)
         if seen.stale:
-            branch.values.clear()
+            branch.clear()
         began = self._clock(latents)
-        out = self._run(call, args, kwargs, branch, seen.name, branch.rows[self._step], seen.doubt)
+        out = self._run(call, args, kwargs, branch, seen.name, seen.doubt)
         self._count(began, latents)
         return out
 
@@ -271,33 +267,31 @@ class Session:
                 self._tracing = False
         return self._traces[key]
 
-    def _run(
-        self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: BranchState, name: str, row: Row, doubt: str | None
-    ) -> Any:
-        assert self.trace is not None
-        if not (row.reuse or row.store):
-            self._record(name, frozenset())
+    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: BranchState, name: str, doubt: str | None) -> Any:
+        passing = branch.start(self._step, doubt)
+        if passing is None:
+            self._record(name, None)
             return call(*args, **kwargs)
-        forward = Forward(self._blocks, branch, row, doubt, self._finite)
         for attempt in range(2):
-            self._forward = forward
-            handlers = {module: forward.handler(site) for site, module in enumerate(self._modules)}
+            self._forward = passing
             try:
-                with intercept({self.denoiser: self._on_denoiser, **handlers}):
+                with intercept({self.denoiser: self._on_denoiser, **passing.handlers()}):
                     out = call(*args, **kwargs)
-                forward.finish()
+                passing.finish()
                 break
             except Recompute as why:
                 assert attempt == 0
-                branch.values.clear()  # they stand for other shapes or other blocks
-                forward = Forward(self._blocks, branch, row, str(why), self._finite)
+                branch.clear()  # what is stored stands for other shapes or other blocks
+                again = branch.start(self._step, str(why))
+                assert again is not None
+                passing = again
             finally:
                 self._forward = None
-        self._record(name, frozenset(forward.reused))
-        for reason in forward.reasons:
+        self._record(name, passing)
+        for reason in passing.reasons:
             self.report.reasons[reason] += 1
         if self._observe is not None:
-            self._observe(name, self._step, {span: value for span, value in branch.values.items() if span.source == self._step})
+            self._observe(name, self._step, branch.stored(self._step))
         self._bytes_peak = max(self._bytes_peak, sum(b.bytes for b in self._branches.values()))
         self._check_budget(self._bytes_peak)
         return out
@@ -313,28 +307,50 @@ class Session:
         assert self._plan is not None and self.trace is not None
         if name not in self._branches:
             order = len(self._branches)
-            if self._plan.branches != (ALL_BRANCHES,) and name not in self._plan.branches and order >= len(self._plan.branches):
-                self.report.warnings.append(
-                    f"the plan knows the guidance branches {', '.join(self._plan.branches)}; {name} follows {self._plan.branches[0]}"
-                )
-            rows, reasons = compiled(
-                self.trace, self._plan, self._plan.branch_index(name, order), self.facts.get("sigmas"), force_store=self._force_store
-            )
-            last_use = {span: k for k, row in enumerate(rows) for span in (*row.store, *row.release)}
-            self._branches[name] = BranchState(rows, last_use, state_bytes(self.trace, rows))
+            known = self._plan.guidance_branches
+            if known != (ALL_BRANCHES,) and name not in known and order >= len(known):
+                self.report.warnings.append(f"the plan knows the guidance branches {', '.join(known)}; {name} follows {known[0]}")
+            self._branches[name], reasons = self._state(name, order)
             if name not in self._executed:
-                self._executed[name] = np.full((self._plan.steps, len(self._plan.sites)), UNREACHED, np.uint8)
+                self._executed[name] = [None] * self._plan.steps
                 for reason in reasons:
                     self.report.reasons[reason] += 1
             self._check_budget(sum(branch.bytes_planned for branch in self._branches.values()))
         return self._branches[name]
 
-    def _record(self, name: str, reused: frozenset[int]) -> None:
+    def _state(self, name: str, order: int) -> tuple[BranchState, list[str]]:
+        """What a guidance branch keeps, by the kind of the plan's sites; also why cells of its plan cannot be reused."""
+        assert self._plan is not None and self.trace is not None
+        plan, trace = self._plan, self.trace
+        if isinstance(self.method, Decider):
+            return self._decided(self.method), []
+        rows = plan.rows_of(name, order)
+        if rows is not None:
+            return self._decided(Recorded(rows)), []
+        branch, kind = plan.branch_index(name, order), trace.kind_of(plan.sites)
+        actions = plan.actions[:, :, branch]
+        fixes = {site: affines(plan.corrections, site, branch, plan.steps) for site in plan.sites}
+        if kind == "parts":
+            program, reasons = part_program(trace, plan.sites, actions, force_store=self._force_store)
+            return PartState(self.denoiser, trace, plan.sites, program, self._finite, [fixes[site] for site in plan.sites]), reasons
+        if kind == "deep":
+            assert trace.deep is not None
+            site = plan.sites[0]
+            return DeepState(self.denoiser, trace.deep, site, actions[:, 0], self._finite, fixes[site], self._force_store), []
+        modules = [self.denoiser.get_submodule(path) for path in trace.sites]
+        blocks = [trace.blocks[i] for i in trace.offered]
+        made, reasons = compiled(trace, plan, branch, self.facts.get("sigmas"), force_store=self._force_store)
+        return BlockState(blocks, modules, made, self._finite, state_bytes(trace, made), [fixes[site] for site in plan.sites]), reasons
+
+    def _decided(self, decider: Decider | Recorded) -> DecidedState:
+        assert self._plan is not None and self.trace is not None
+        return DecidedState(self.denoiser, self.trace, decider, self._plan.steps, self._finite, self._compactable)
+
+    def _record(self, name: str, passing: Pass | None) -> None:
         assert self._plan is not None
         planned = self._plan.branch(name, self._names.order.index(name))[self._step]
-        row = self._executed[name][self._step]
-        for site in range(len(row)):
-            row[site] = planned[site] if site in reused else Action.COMPUTE
+        row = passing.executed(planned) if passing is not None else np.full(len(planned), Action.COMPUTE, np.uint8)
+        self._executed[name][self._step] = row
 
     def _clock(self, latents: Tensor) -> Any:
         if latents.is_cuda:
@@ -368,22 +384,34 @@ class Session:
         report.state_bytes_peak = self._bytes_peak
         if self._plan is not None and self._executed:
             names = tuple(self._executed)
-            cells = np.stack([self._executed[name] for name in names], -1)
-            reached = max((k + 1 for k in range(len(cells)) if bool((cells[k] != UNREACHED).any())), default=0)
-            if cells.shape[1] and reached < self._plan.steps:
+            reached = max((k + 1 for rows in self._executed.values() for k, row in enumerate(rows) if row is not None), default=0)
+            if self._plan.sites and reached < self._plan.steps:
                 report.warnings.append(f"the run ended after {reached} of {self._plan.steps} steps; the executed plan computes the others")
-            cells = np.where(cells == UNREACHED, Action.COMPUTE, cells)
-            weights = self._plan.weights
-            if weights is not None:
-                weights = np.stack([weights[:, :, self._plan.branch_index(name, i)] for i, name in enumerate(names)], 2)
-            report.plan = Plan(cells, self._plan.sites, names, {**self._plan.facts, **self.facts}, weights)
-            known = self._plan.branches
+            report.plan = self._recorded()
+            known = self._plan.guidance_branches
             if known != (ALL_BRANCHES,) and len(names) < len(known):
                 report.warnings.append(f"the plan has the guidance branches {', '.join(known)}, this run had {', '.join(names)}")
             if isinstance(self._steps, int) and not self._stepped and self._plan.steps > 1:
                 report.warnings.append("session.step(i) was never entered, so every call was taken for step 0 and nothing was reused")
         if self._nan_flag is not None and bool(self._nan_flag):
             report.warnings.append("a stored offset was not finite; use nan_check='sync' to have such sites computed instead")
+
+    def _recorded(self) -> Plan:
+        """What was executed; a branch whose rows decided differently has a column for each of them."""
+        assert self._plan is not None
+        plan, columns, branches, sources = self._plan, [], [], []
+        for order, (name, steps) in enumerate(self._executed.items()):
+            count = max((row.shape[1] for row in steps if row is not None and row.ndim == 2), default=1)
+            blank = np.full(len(plan.sites), Action.COMPUTE, np.uint8)
+            full = [blank if row is None else row for row in steps]
+            cells = np.stack([row if row.ndim == 2 else np.repeat(row[:, None], count, 1) for row in full])
+            for i in range(count):
+                columns.append(cells[:, :, i])
+                branches.append(f"{name}{ROW}{i}" if count > 1 else name)
+                sources.append(plan.branch_index(name, order))
+        weights = plan.weights[:, :, sources] if plan.weights is not None else None
+        corrections = {site: table[:, :, sources] for site, table in plan.corrections.items()}
+        return Plan(np.stack(columns, -1), plan.sites, tuple(branches), {**plan.facts, **self.facts}, weights, corrections)
 
     def _finite(self, value: Tensor) -> bool:
         """Whether a value may be used. On CUDA under "auto" the answer is left on the device and read at the end."""

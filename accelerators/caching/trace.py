@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.accelerators.caching.unet import Deep, LayerClock, deep_branch
 from hasten.accelerators.dispatch import Call, compiled_whole, intercept
 
 Position = int | str
@@ -53,11 +54,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Part:
-    """An attention, cross-attention or feed-forward module inside a block."""
+    """An attention, cross-attention or feed-forward module inside a block; `bytes` of its output."""
 
     kind: str
     path: str
     seconds: float
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Block:
         in_place: Whether it changes its input.
         seconds: Time of one call on the bare denoiser.
         reason: Why it cannot be cached, or None.
+        parts: Its attention, cross-attention and feed-forward modules, in call order.
+        additive: Whether the block adds its parts' outputs to its stream as they are, with no gate and nothing else beside.
     """
 
     path: str
@@ -90,6 +94,7 @@ class Block:
     in_place: bool = False
     reason: str | None = None
     parts: tuple[Part, ...] = ()
+    additive: bool = False
 
     @property
     def bytes(self) -> int:
@@ -116,6 +121,7 @@ class Trace:
     seconds: float
     dtype: str
     resolution: tuple[int, ...] = field(default=())
+    deep: Deep | None = None
 
     @property
     def offered(self) -> tuple[int, ...]:
@@ -127,10 +133,38 @@ class Trace:
         """Paths of the offered blocks, in call order: the columns of a plan."""
         return tuple(self.blocks[i].path for i in self.offered)
 
-    def costs(self) -> tuple[list[float], float]:
-        """Seconds of every site, and of everything outside them."""
-        sites = [self.blocks[i].seconds for i in self.offered]
-        return sites, max(0.0, self.seconds - sum(sites))
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Parts of the offered blocks that are called once in a pass, in call order."""
+        found = [part for i in self.offered for part in self.blocks[i].parts]
+        paths = [part.path for part in found]
+        return tuple(part for part in found if paths.count(part.path) == 1)
+
+    def kind_of(self, sites: tuple[str, ...]) -> str | None:
+        """What a plan's sites are: 'blocks', 'parts', the 'deep' branch of a UNet; None where they are not this model's."""
+        if sites == self.sites:
+            return "blocks"
+        if sites and set(sites) <= {part.path for part in self.parts}:
+            return "parts"
+        if self.deep is not None and len(sites) == 1 and sites[0] in self.deep.sites:
+            return "deep"
+        return None
+
+    def costs(self, sites: tuple[str, ...] | None = None) -> tuple[list[float], float]:
+        """Seconds of every site, and of everything outside them.
+
+        Args:
+            sites: Of a plan; the blocks unless told.
+        """
+        kind = "blocks" if sites is None else self.kind_of(sites)
+        if kind == "parts":
+            known = {part.path: part.seconds for part in self.parts}
+            seconds = [known[site] for site in sites or ()]
+        elif kind == "deep" and self.deep is not None and sites is not None:
+            seconds = [self.deep.seconds(self.deep.sites.index(sites[0]))]
+        else:
+            seconds = [self.blocks[i].seconds for i in self.offered]
+        return seconds, max(0.0, self.seconds - sum(seconds))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with the content of the table."""
@@ -148,6 +182,7 @@ class Trace:
                 "skips_from": list(b.skips_from),
                 "reason": b.reason,
                 "parts": [[p.kind, p.path, p.seconds] for p in b.parts],
+                "additive": b.additive,
             }
             for b in self.blocks
         ]
@@ -183,6 +218,10 @@ class Trace:
         share = sum(self.blocks[i].seconds for i in offered) / self.seconds if self.seconds else 0.0
         head = f"{self.model}: {len(self.blocks)} blocks in {len(self.chains)} chains, {len(offered)} can be cached"
         head += f" ({100 * share:.0f}% of {1e3 * self.seconds:.1f} ms)"
+        if self.deep is not None:
+            for branch, site in enumerate(self.deep.sites):
+                share = self.deep.seconds(branch) / self.seconds if self.seconds else 0.0
+                lines.append(f"deep branch {branch}: {site} kept, {100 * share:.0f}% of the time below it")
         return "\n".join([head, *lines])
 
 
@@ -237,6 +276,8 @@ class _Called:
     in_place: tuple[Position, ...] = ()
     seconds: float = 0.0
     parts: list[Part] = field(default_factory=list)
+    beside: dict[Position, Tensor] = field(default_factory=dict)
+    additive: bool = False
 
 
 def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Position, Tensor]:
@@ -307,6 +348,9 @@ class _Watcher:
             versions = {position: version_of(t) for position, t in inputs.items()}
             copies = {position: t.clone() for position, t in inputs.items() if versions[position] is None}
             outer, self.inside = self.inside, called
+            entered = next(iter(inputs.values()), None)
+            if entered is not None:
+                entered = entered.double()
             for tensor in inputs.values():
                 synchronise(tensor)
                 break
@@ -323,6 +367,8 @@ class _Watcher:
                 if (not torch.equal(copies[position], t) if position in copies else version_of(t) != versions[position])
             )
             self.copies, self.latest = {}, []
+            called.additive = _is_sum(entered, called.beside, out, len(called.parts))
+            called.beside = {}
             if isinstance(out, Tensor):
                 entries: dict[int | None, Any] = {None: out}
             elif type(out) in (tuple, list):
@@ -362,7 +408,9 @@ class _Watcher:
                     other = any(t.ndim == first.ndim and t.shape[-2] != first.shape[-2] for _, t in inputs[1:] if t.ndim >= 2)
                     single = isinstance(out, Tensor)
                     name = "cross-attention" if kind == "attention" and other and single else kind
-                    self.inside.parts.append(Part(name, path, time.perf_counter() - began))
+                    self.inside.parts.append(Part(name, path, time.perf_counter() - began, first.numel() * first.element_size()))
+                    if single:
+                        self.inside.beside[path] = first.double()
             return out
 
         return handle
@@ -389,6 +437,19 @@ class _Watcher:
                 if reference() is tensor:
                     return index, slot
         return None
+
+
+def _is_sum(entered: Tensor | None, beside: Mapping[Position, Tensor], out: Any, parts: int) -> bool:
+    """Whether a block returned what it was given plus what its parts returned."""
+    if entered is None or not parts or len(beside) != parts or not isinstance(out, Tensor) or out.shape != entered.shape:
+        return False
+    if any(part.shape != entered.shape for part in beside.values()):
+        return False
+    added = sum(beside.values(), torch.zeros_like(entered))
+    scale = added.abs().max().clamp_min(1e-12)
+    # A rounding of the stream's dtype at each of the additions; a gate of any value but 1 is far above it.
+    allowed = 8 * torch.finfo(out.dtype).eps * max(float(entered.abs().max()), float(scale)) if out.is_floating_point() else 0.0
+    return bool((out.double() - entered - added).abs().max() <= allowed)
 
 
 def _part_kind(module: nn.Module) -> str | None:
@@ -450,7 +511,13 @@ def trace_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     # A denoiser in training mode draws dropout masks: the run that follows must draw the same as without a trace.
     with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
         seconds = min(run(latents.clone(), first), run(latents + noise, second), run(latents.clone(), None))
-    return _assemble(denoiser, first, second, seconds, latents)
+        deep = deep_branch(denoiser)
+        if deep is not None:
+            clock = LayerClock(denoiser, deep)
+            with intercept(clock.handlers()):
+                run(latents.clone(), None)
+            deep = clock.timed(seconds)
+    return replace(_assemble(denoiser, first, second, seconds, latents), deep=deep)
 
 
 def _assemble(denoiser: nn.Module, first: _Watcher, second: _Watcher, seconds: float, latents: Tensor) -> Trace:
@@ -501,6 +568,7 @@ def _assemble(denoiser: nn.Module, first: _Watcher, second: _Watcher, seconds: f
                 in_place=bool(set(called.in_place) & set(flows[i])),
                 reason=reason,
                 parts=tuple(p for p in (other.parts if same else called.parts)),
+                additive=called.additive and other.additive,
             )
         )
         names = taken
@@ -513,10 +581,19 @@ def _assemble(denoiser: nn.Module, first: _Watcher, second: _Watcher, seconds: f
     # The watched passes are slowed by the watching: block times are scaled so that they cannot exceed the fastest pass.
     times = _typical(blocks, [type(called.module) for called in calls])
     scale = min(1.0, seconds / total) if (total := sum(times)) else 1.0
-    blocks = [replace(block, seconds=t * scale, kept=k) for block, t, k in zip(blocks, times, kept, strict=True)]
+    blocks = [
+        replace(block, seconds=t * scale, kept=k, parts=_parts_within(block, t * scale))
+        for block, t, k in zip(blocks, times, kept, strict=True)
+    ]
     made = tuple(Chain(tuple(c), len({s.index for i in c for s in blocks[i].streams})) for c in chains)
     precision = str(latents.dtype).removeprefix("torch.")
     return Trace(type(denoiser).__name__, config_hash(denoiser), tuple(blocks), made, seconds, precision, tuple(latents.shape))
+
+
+def _parts_within(block: Block, seconds: float) -> tuple[Part, ...]:
+    """The parts' times, scaled as the block's own."""
+    scale = seconds / block.seconds if block.seconds else 1.0
+    return tuple(replace(part, seconds=part.seconds * scale) for part in block.parts)
 
 
 def _typical(blocks: list[Block], kinds: list[type]) -> list[float]:

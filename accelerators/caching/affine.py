@@ -1,0 +1,53 @@
+"""A scale and a shift for each channel, applied to what is reused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Affine:
+    """`scale * value + shift` along one dimension.
+
+    Args:
+        scale, shift: [channels].
+    """
+
+    def __init__(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        self._given = torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)
+        self._at: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def apply(self, value: Tensor, dim: int) -> Tensor:
+        """A new tensor.
+
+        Args:
+            dim: Which dimension the channels are.
+        """
+        key = value.device, value.dtype
+        if key not in self._at:  # copied to the device once, not at every step
+            self._at[key] = tuple(t.to(*key) for t in self._given)  # type: ignore[assignment]
+        shape = [1] * value.ndim
+        shape[dim] = -1
+        scale, shift = (t.view(shape) for t in self._at[key])
+        return torch.addcmul(shift, value, scale)
+
+
+def affines(corrections: Mapping[str, np.ndarray], site: str, branch: int, steps: int) -> list[Affine | None] | None:
+    """For each step what a site's reused value is corrected with; None where the plan corrects nothing there.
+
+    Args:
+        corrections: Of a plan.
+        branch: Number of the guidance branch.
+    """
+    table = corrections.get(site)
+    if table is None:
+        return None
+    found: list[Affine | None] = []
+    for k in range(steps):
+        scale, shift = table[:, k, branch]
+        plain = bool((scale == 1).all()) and not shift.any()
+        found.append(None if plain else Affine(scale, shift))
+    return found
