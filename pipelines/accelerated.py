@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.auto import Auto
+from hasten.accelerators.caching.parts import part_program
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compiled, compute_all, plan_for
@@ -35,11 +36,17 @@ DENOISERS = ("transformer", "unet", "transformer_2")
 
 @dataclass(frozen=True)
 class ComputeAll:
-    """Computes everything: the plain pipeline, timed."""
+    """Computes everything: the plain pipeline, timed.
+
+    Attributes:
+        sites: Picks the sites whose values are stored where the session stores all.
+    """
+
+    sites: Callable[[Trace], tuple[str, ...]] | None = None
 
     def plan(self, trace: Trace, steps: int) -> Plan:
         """A plan without reuse."""
-        return compute_all(trace, steps)
+        return compute_all(trace, steps, self.sites(trace) if self.sites is not None else None)
 
 
 def parse_bytes(value: int | str | None) -> int | None:
@@ -461,11 +468,21 @@ def explain(pipe: Any, method: Method | Plan | None = None, *args: Any, denoiser
     name, call_args, call_kwargs, steps = _first_call(pipe, denoiser, args, kwargs)
     found = trace_module(getattr(pipe, name), call_args, call_kwargs)
     plan = plan_for(method if method is not None else Auto(), found, steps)
-    rows, reasons = compiled(found, plan, 0)
-    reasons = [f"{block.path}: {block.reason}" for block in found.blocks if block.reason is not None] + reasons
-    if not any(row.reuse for row in rows):
+    reasons = [f"{block.path}: {block.reason}" for block in found.blocks if block.reason is not None]
+    kind = found.kind_of(plan.sites)
+    if kind == "blocks":
+        rows, broken = compiled(found, plan, 0)
+        size = state_bytes(found, rows)
+        reasons += broken
+    elif kind == "parts":
+        sizes = {part.path: part.bytes for part in found.parts}
+        size = sum(sizes[site] for site in plan.sites)
+        reasons += part_program(found, plan.sites, plan.actions[:, :, 0])[1]
+    else:
+        size = 0  # told by the run: a UNet's blocks return their features only when they are called
+    if plan.computed_fraction == 1:
         reasons.append(f"nothing is reused in {steps} steps ({plan.facts.get('method', 'plan')})")
-    return Explanation(found, plan, tuple(reasons), state_bytes(found, rows))
+    return Explanation(found, plan, tuple(reasons), size)
 
 
 __all__ = [

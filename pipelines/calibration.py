@@ -5,32 +5,28 @@ from __future__ import annotations
 import inspect
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
-from hasten.accelerators.caching.calibrate import SKETCH_BYTES, Sketches, Tables
+from hasten.accelerators.caching.calibrate import SKETCH_BYTES, SiteSketches, SiteTable, Sketches, Tables
+from hasten.accelerators.caching.deciders import Decider, Memory, relative_l1
 from hasten.accelerators.caching.plan import Action, Plan
-from hasten.accelerators.caching.runtime import compute_all
-from hasten.accelerators.caching.trace import Trace
-from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, denoisers_of, parse_bytes
+from hasten.accelerators.caching.runtime import Session, compute_all
+from hasten.accelerators.caching.segments import Span
+from hasten.accelerators.caching.trace import Trace, format_bytes
+from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, denoisers_of, parse_bytes, trace
 
 PROBES = 12
 """Steps whose sensitivity is measured; those between are interpolated."""
-
-
-class Calibrated(Protocol):
-    """A method that makes its plan from what calibration measured."""
-
-    def calibrated(self, trace: Trace, tables: Tables) -> Plan:
-        """The plan for the steps of the tables."""
 
 
 @dataclass(frozen=True)
@@ -164,50 +160,219 @@ def steps_of(call: dict[str, Any]) -> int:
     return steps
 
 
+class Pairs:
+    """A decider that computes everything and notes, for every step and row, by how much its proxy and the blocks' offset have changed."""
+
+    def __init__(self, like: Decider) -> None:
+        self.front, self.back, self.proxy = like.front, like.back, like.proxy
+        self.pairs: list[tuple[float, float]] = []
+        self._like = like
+        self._change: Tensor | None = None
+        self._before: dict[str, Tensor] = {}
+
+    def plan(self, trace: Trace, steps: int) -> Plan:
+        """The sites of the decider it stands for."""
+        return self._like.plan(trace, steps)
+
+    def open(self, step: int, steps: int) -> bool:
+        """Never."""
+        return False
+
+    def reuse(self, step: int, proxy: Tensor, memory: Memory) -> Tensor:
+        """Nothing."""
+        return torch.zeros(len(proxy), dtype=torch.bool)
+
+    def learn(self, step: int, proxy: Tensor, computed: Tensor, memory: Memory) -> None:
+        """Notes the change of the proxy."""
+        self._change = relative_l1(proxy, memory["before"]) if "before" in memory and step else None
+        memory["before"] = proxy.clone()
+
+    def __call__(self, branch: str, step: int, values: dict[Span, dict[int, Tensor]]) -> None:
+        """Notes the change of what the blocks add, the spans of the first stream taken together."""
+        total = torch.cat([values[span][min(values[span])].flatten(1) for span in sorted(values)], 1)
+        if self._change is not None and branch in self._before and self._before[branch].shape == total.shape:
+            changes = relative_l1(total, self._before[branch])
+            self.pairs += list(zip(self._change.tolist(), changes.tolist(), strict=True))
+        self._before[branch] = total.clone()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a calibration will take. `print` it."""
+
+    seconds: float
+    bytes: int
+    calls: int
+
+    def __str__(self) -> str:
+        return f"about {self.seconds:.0f} s ({self.calls} denoiser calls), at most {format_bytes(self.bytes)} of sketches"
+
+
+def estimate(
+    pipe: Any, prompts: Sequence[str], *, batch: int = 8, passes: int = 1, budget: int | str = SKETCH_BYTES, denoiser: str | None = None,
+    **call: Any,
+) -> Estimate:  # fmt: skip
+    """What a calibration will take, from one traced denoiser call; nothing is denoised.
+
+    Args:
+        passes: Runs over the prompts: 1 for `hasten.calibrate`, more for `hasten.plan`, whose replays count.
+        call: Arguments of the pipeline's call, as for `calibrate`.
+    """
+    steps = steps_of(call)
+    found = trace(pipe, list(prompts[:batch]), denoiser=denoiser, **call)
+    calls = steps * math.ceil(len(prompts) / batch) * passes
+    return Estimate(calls * found.seconds, parse_bytes(budget) or SKETCH_BYTES, calls)
+
+
+Loop = Callable[[Session], object]
+"""A sampling loop of your own: it enters `session.step(i)` around its denoiser calls."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Full-compute runs: of a pipeline over prompts, or of a loop."""
+
+    runs: Runs | None = None
+    module: nn.Module | None = None
+    loop: Loop | None = None
+    steps: int = 0
+
+    def full(self, method: Any, observe: Any, tick: Callable[[], None], *, store: bool = True) -> tuple[Trace, dict[str, Any]]:
+        """One run with an observer; the trace and the run's facts."""
+        if self.runs is not None:
+            _, fast = self.runs.run(method, tick, force_store=store, observe=observe)
+            found, report = fast.trace, fast.report
+        else:
+            assert self.module is not None and self.loop is not None
+            with Session(self.module, method, self.steps, force_store=store, observe=observe) as session:
+                self.loop(session)
+            found, report = session.trace, session.report
+            tick()
+        assert found is not None and report.plan is not None
+        return found, {name: value for name, value in report.plan.facts.items() if name != "method"}
+
+    @property
+    def parts(self) -> list[_Source]:
+        """The same, a batch at a time."""
+        if self.runs is None:
+            return [self]
+        runs = self.runs
+        return [_Source(runs.some(slice(at, at + runs.batch))) for at in range(0, len(runs.prompts), runs.batch)]
+
+
 def calibrate(
     pipe: Any,
-    prompts: Sequence[str],
-    method: Calibrated,
+    prompts: Sequence[str] | Loop,
+    method: Any,
     *,
+    samples: int | None = None,
     seed: int = 0,
     batch: int = 8,
     denoiser: str | None = None,
     table_budget: int | str = SKETCH_BYTES,
     progress: bool = True,
     **call: Any,
-) -> Plan:
+) -> Any:
     """Measures a pipeline on a few prompts, in full-compute runs, and lets a method make its plan from that.
 
         plan = hasten.calibrate(pipe, prompts[:1], hasten.MagCache(threshold=0.06), num_inference_steps=28)
         fast = hasten.accelerate(pipe, plan)
+        plan = hasten.calibrate(policy, loop, hasten.BAC(updates=10), num_inference_steps=100)  # a loop of your own
 
     Args:
-        pipe: A diffusers pipeline that takes prompts and can return latents (`output_type="latent"`).
-        prompts: What it is run on; one is enough for MagCache.
+        pipe: A diffusers pipeline that takes prompts and can return latents (`output_type="latent"`); or a network, with `prompts` a
+            function that runs your sampling loop once on the session it is given.
+        prompts: What it is run on; one is enough for MagCache and BAC.
         method: A calibrated method.
+        samples: How many of the prompts to use; all unless told.
         seed: Of the noise: prompt i gets seed + i.
         batch: Prompts per call.
         denoiser: Which network, where there are several.
         table_budget: Most bytes of what is kept of the offsets, whatever the model.
-        progress: Whether to show a bar on stderr.
+        progress: Whether to say on stderr how long it will take, and to show a bar.
         call: Arguments of the pipeline's call; `num_inference_steps` is needed.
 
+    Returns:
+        A `Plan`; for TeaCache, whose decisions are made during the run, the method with its curve fitted.
+
     Raises:
-        ValueError: No prompts, no number of steps, or a method that needs no calibration.
+        ValueError: No prompts or fewer than `samples`, no number of steps, or a method that needs no calibration.
     """
-    if not prompts:
-        raise ValueError("prompts is empty: there is nothing to calibrate on")
-    if not hasattr(method, "calibrated"):
+    if not hasattr(method, "calibrated") and not hasattr(method, "fitted"):
         raise ValueError(f"{type(method).__name__} needs no calibration: give it to hasten.accelerate as it is")
     steps = steps_of(call)
-    runs = Runs(pipe, next(iter(denoisers_of(pipe, denoiser))), tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)
+    budget = parse_bytes(table_budget) or SKETCH_BYTES
+    if isinstance(pipe, nn.Module):
+        if not callable(prompts):
+            raise ValueError("a network is calibrated on a function that runs your sampling loop: prompts must be that function")
+        source, count, rows = _Source(module=pipe, loop=prompts, steps=steps), 1, 64
+    else:
+        if callable(prompts) or not prompts:
+            raise ValueError("prompts is empty: there is nothing to calibrate on")
+        if samples is not None and not 1 <= samples <= len(prompts):
+            raise ValueError(f"samples must be from 1 to the number of prompts, {len(prompts)}, not {samples}")
+        kept = tuple(prompts[:samples])
+        count, rows = len(kept), 4 * batch
+        source = _Source(Runs(pipe, next(iter(denoisers_of(pipe, denoiser))), kept, tuple(seed + i for i in range(count)), batch, call))
+        if progress:
+            told = estimate(pipe, kept, batch=batch, budget=budget, denoiser=denoiser, **call)
+            print(f"hasten: calibrating, {told}", file=sys.stderr)
     with progress_bar(progress) as bar:
-        task = bar.add_task("measuring", total=runs.calls)
-        measured = measure(runs, steps, lambda: bar.advance(task), probes=0, budget=parse_bytes(table_budget) or SKETCH_BYTES)
-    plan = method.calibrated(measured.trace, measured.tables)
-    facts = {
-        **measured.facts,
-        "calibrated_on": len(prompts),
-        **{k: v for k, v in plan.facts.items() if k not in measured.facts or k == "method"},
+        task = bar.add_task("measuring", total=len(source.parts))
+
+        def tick() -> None:
+            bar.advance(task)
+
+        if hasattr(method, "fitted"):
+            pairs = Pairs(method)
+            for part in source.parts:
+                part.full(pairs, pairs, tick, store=False)
+            return method.fitted(pairs.pairs)
+        if getattr(method, "sites", "blocks") == "blocks" and source.runs is not None:
+            measured = measure(source.runs, steps, tick, probes=0, budget=budget)
+            found, tables, facts = measured.trace, measured.tables, measured.facts
+        else:
+            found, tables, facts = measure_sites(source.parts, method, steps, rows, tick, budget)
+    plan = method.calibrated(found, tables)
+    own = {name: value for name, value in plan.facts.items() if name not in facts or name == "method"}
+    return Plan(plan.actions, plan.sites, plan.branches, {**facts, "calibrated_on": count, **own}, plan.weights, plan.corrections)
+
+
+def sites_for(method: Any) -> Callable[[Trace], tuple[str, ...]]:
+    """Which sites a method asks tables of: those of its `sites` kind."""
+
+    def pick(trace: Trace) -> tuple[str, ...]:
+        kind = getattr(method, "sites", "blocks")
+        if kind == "parts":
+            return tuple(part.path for part in trace.parts) or trace.sites
+        if kind == "deep" and trace.deep is not None:
+            return (trace.deep.sites[getattr(method, "branch", 0)],)
+        return trace.sites
+
+    return pick
+
+
+def measure_sites(
+    sources: Sequence[_Source], method: Any, steps: int, rows: int, tick: Callable[[], None], budget: int
+) -> tuple[Trace, Tables, dict[str, Any]]:
+    """Tables of single sites, from one full-compute run of each source."""
+    pick = sites_for(method)
+    every: list[dict[str, SiteTable]] = []
+    for source in sources:
+        sketches: list[SiteSketches] = []
+
+        def observe(branch: str, step: int, values: dict[Span, dict[int, Tensor]], kept: list[SiteSketches] = sketches) -> None:
+            if not kept:
+                kept.append(SiteSketches(steps, tuple(map(str, range(1 + max(span.start for span in values)))), rows, budget))
+            kept[0](branch, step, values)
+
+        found, facts = source.full(ComputeAll(pick), observe, tick)
+        names = pick(found)
+        every.append({names[int(at)]: table for at, table in sketches[0].tables().items()} if sketches else {})
+    mean = {
+        site: SiteTable(np.mean([tables[site].cosine for tables in every], 0), np.mean([tables[site].distance for tables in every], 0))
+        for site in every[0]
     }
-    return Plan(plan.actions, plan.sites, plan.branches, facts, plan.weights)
+    levels = facts.get("sigmas")
+    empty = np.zeros((1, steps, steps))
+    return found, Tables(empty, np.ones(steps), tuple(levels) if levels else None, None, mean if pick(found) != found.sites else {}), facts

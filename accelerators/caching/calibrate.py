@@ -7,7 +7,8 @@ weights that fit best.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +21,25 @@ SKETCH_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)
+class SiteTable:
+    """How one site's value changes over a run, means over all rows.
+
+    Attributes:
+        cosine: [T, T] cosine similarity of the values at every two steps.
+        distance: [T, T] mean absolute difference.
+    """
+
+    cosine: np.ndarray
+    distance: np.ndarray
+
+    @property
+    def drift(self) -> float:
+        """Mean of the distances over all pairs of steps."""
+        steps = len(self.distance)
+        return float(self.distance.sum() / max(1, steps * (steps - 1)))
+
+
+@dataclass(frozen=True)
 class Tables:
     """Measured on full-compute runs under one sampler, number of steps and guidance.
 
@@ -28,12 +48,14 @@ class Tables:
         sensitivity: [T] relative error of the final latents for a unit error of that sum at a step, as measured by replays.
         levels: [T] noise levels, or None.
         distances: [samples, T, T] mean absolute differences of the same sums.
+        sites: By site, where a method asked for single sites.
     """
 
     gram: np.ndarray
     sensitivity: np.ndarray
     levels: tuple[float, ...] | None = None
     distances: np.ndarray | None = None
+    sites: Mapping[str, SiteTable] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -43,6 +65,56 @@ class Tables:
     def mean(self) -> np.ndarray:
         """[T, T] over the samples."""
         return self.gram.mean(0)
+
+
+def _some(tensor: Tensor, width: int, known: dict[tuple[int, int], Tensor]) -> Tensor:
+    """The same `width` entries of every row [rows, entries], scaled so that norms are kept on average."""
+    rows = tensor.detach().flatten(1)
+    key = rows.shape[1], min(width, rows.shape[1])
+    if key not in known:
+        generator = torch.Generator().manual_seed(rows.shape[1])
+        known[key] = torch.randperm(rows.shape[1], generator=generator)[: key[1]].to(rows.device)
+    return rows.index_select(1, known[key]).float() * (key[0] / key[1]) ** 0.5
+
+
+class SiteSketches:
+    """Collects a sketch of every site's value during runs; given to a session as its observer.
+
+    Args:
+        steps: Of a run.
+        sites: Their names, in the plan's order.
+        rows: Of all branches together.
+        budget: Most bytes kept.
+    """
+
+    def __init__(self, steps: int, sites: tuple[str, ...], rows: int, budget: int = SKETCH_BYTES) -> None:
+        self.steps, self.sites = steps, sites
+        self.width = max(16, min(16_384, budget // (4 * steps * max(1, rows) * max(1, len(sites)))))
+        self.kept: dict[tuple[str, int], Tensor] = {}
+        self._columns: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, branch: str, step: int, values: dict[Span, dict[int, Tensor]]) -> None:
+        """Keeps the first stream of every site."""
+        for span, value in values.items():
+            sketch = _some(value[min(value)], self.width, self._columns).cpu()
+            key = branch, span.start
+            if key not in self.kept:
+                self.kept[key] = torch.zeros(len(sketch), self.steps, sketch.shape[1])
+            self.kept[key][:, step] = sketch
+
+    def tables(self) -> dict[str, SiteTable]:
+        """By site; guidance branches and rows are averaged."""
+        found = {}
+        for i, site in enumerate(self.sites):
+            kept = [sketch for (_, at), sketch in self.kept.items() if at == i]
+            if not kept:
+                continue
+            sketch = torch.cat(kept) if len({k.shape[1:] for k in kept}) == 1 else kept[0]
+            unit = torch.nn.functional.normalize(sketch.double(), dim=-1)
+            # The scaling that keeps norms is undone for mean absolute differences.
+            distance = torch.cdist(sketch, sketch, p=1).mean(0) / sketch.shape[-1]
+            found[site] = SiteTable(np.asarray((unit @ unit.mT).mean(0)), np.asarray(distance))
+        return found
 
 
 class Sketches:
@@ -67,13 +139,8 @@ class Sketches:
         sums: dict[tuple[int, int], Tensor] = {}
         for span in sorted(values):
             for stream, tensor in values[span].items():
-                rows = tensor.detach().flatten(1)
-                key = stream, rows.shape[1]
-                if key not in self._columns:
-                    generator = torch.Generator().manual_seed(rows.shape[1])
-                    count = min(self.width, rows.shape[1])
-                    self._columns[key] = torch.randperm(rows.shape[1], generator=generator)[:count].to(rows.device)
-                part = rows.index_select(1, self._columns[key]).float() * (rows.shape[1] / len(self._columns[key])) ** 0.5
+                key = stream, tensor[0].numel()
+                part = _some(tensor, self.width, self._columns)
                 sums[key] = sums[key] + part if key in sums else part
         if not sums:
             return

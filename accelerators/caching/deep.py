@@ -64,7 +64,7 @@ class DeepState:
         if (actions == Action.FORECAST).any():
             raise PlanError("the deep branch of a UNet is reused as a value: a plan for it may compute and reuse, not forecast")
         self.site, self.actions, self.finite = site, actions, finite
-        self.producer = denoiser.get_submodule(site)
+        self.producer, self.entry = denoiser.get_submodule(site), denoiser.get_submodule("conv_in")
         self.skipped = {path: denoiser.get_submodule(path) for path in deep.skipped(deep.sites.index(site))}
         self.corrections = corrections
         # A step's value is kept if the next one reuses it.
@@ -74,7 +74,8 @@ class DeepState:
         self.value: Any = None
         self.source = -1
         self.templates: dict[str, Any] = {}
-        self.shape: tuple[int, ...] = ()
+        self.shape = torch.Size()
+        """Of what the input convolution returned when the value was stored."""
 
     @property
     def bytes(self) -> int:
@@ -101,6 +102,7 @@ class DeepState:
 
     def reindex(self, rows: Tensor) -> None:
         self.value = mapped(self.value, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self.shape = torch.Size((len(rows), *self.shape[1:]))
 
         def resized(template: tuple[torch.Size, torch.dtype, torch.device]) -> Any:
             return (torch.Size((len(rows), *template[0][1:])), *template[1:])
@@ -147,8 +149,16 @@ class DeepForward:
         branch = self.branch
         if self.reused:
             resting = {module: self._rest(path) for path, module in branch.skipped.items()}
-            return {**resting, branch.producer: self._answer}
-        return {**{module: self._watch(path) for path, module in branch.skipped.items()}, branch.producer: self._keep}
+            return {**resting, branch.producer: self._answer, branch.entry: self._enter}
+        watching = {module: self._watch(path) for path, module in branch.skipped.items()}
+        return {**watching, branch.producer: self._keep, branch.entry: self._enter}
+
+    def _enter(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = call(*args, **kwargs)
+        if self.reused and out.shape != self.branch.shape:
+            raise Recompute("the batch, or the resolution, is no longer that of the stored value")
+        self.branch.shape = out.shape
+        return out
 
     def _rest(self, path: str) -> Handler:
         def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -161,9 +171,6 @@ class DeepForward:
     def _answer(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.answered = True
         fix = self.branch.corrections[self.step] if self.branch.corrections is not None else None
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if given is not None and tensors_in(self.branch.value)[0].shape[0] != given.shape[0]:
-            raise Recompute("the batch is no longer that of the stored value")
         return self.branch.value if fix is None else mapped(self.branch.value, lambda tensor: fix.apply(tensor, 1))
 
     def _watch(self, path: str) -> Handler:

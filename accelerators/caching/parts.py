@@ -114,7 +114,8 @@ class PartState:
         self.values: dict[int, Any] = {}
         self.sources: dict[int, int] = {}
         self.untested: set[int] = set()
-        self.fragile: set[int] = set()
+        in_place = {part.path for part in trace.parts if part.in_place}
+        self.fragile = {i for i, path in enumerate(sites) if path in in_place}
         self.merged: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self.last_read = {}
         for k, row in enumerate(rows):

@@ -78,10 +78,15 @@ def compiled(
     return program(trace, plan.actions[:, :, branch], weights=weights, order=plan.forecast_order, levels=levels, force_store=force_store)
 
 
-def compute_all(trace: Trace, steps: int) -> Plan:
-    """The plan that computes everything: bit-identical to the bare denoiser."""
+def compute_all(trace: Trace, steps: int, sites: tuple[str, ...] | None = None) -> Plan:
+    """The plan that computes everything: bit-identical to the bare denoiser.
+
+    Args:
+        sites: Whose values are stored where a session stores all; the blocks unless told.
+    """
     facts = {"model": trace.model, "config": trace.config_hash, "method": "compute-all"}
-    return Plan(np.zeros((steps, len(trace.sites)), np.uint8), trace.sites, facts=facts)
+    sites = trace.sites if sites is None else sites
+    return Plan(np.zeros((steps, len(sites)), np.uint8), sites, facts=facts)
 
 
 class Session:

@@ -54,12 +54,16 @@ class Stream:
 
 @dataclass(frozen=True)
 class Part:
-    """An attention, cross-attention or feed-forward module inside a block; `bytes` of its output."""
+    """An attention, cross-attention or feed-forward module inside a block.
+
+    `bytes` are those of its output; `in_place` if the block goes on to work in place on that.
+    """
 
     kind: str
     path: str
     seconds: float
     bytes: int = 0
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,6 +281,7 @@ class _Called:
     seconds: float = 0.0
     parts: list[Part] = field(default_factory=list)
     beside: dict[Position, Tensor] = field(default_factory=dict)
+    returned: list[tuple[Tensor, int | None]] = field(default_factory=list)
     additive: bool = False
 
 
@@ -368,7 +373,9 @@ class _Watcher:
             )
             self.copies, self.latest = {}, []
             called.additive = _is_sum(entered, called.beside, out, len(called.parts))
-            called.beside = {}
+            changed = [version_of(tensor) != version for tensor, version in called.returned]
+            called.parts = [replace(part, in_place=mark) for part, mark in zip(called.parts, changed, strict=True)]
+            called.beside, called.returned = {}, []
             if isinstance(out, Tensor):
                 entries: dict[int | None, Any] = {None: out}
             elif type(out) in (tuple, list):
@@ -409,6 +416,7 @@ class _Watcher:
                     single = isinstance(out, Tensor)
                     name = "cross-attention" if kind == "attention" and other and single else kind
                     self.inside.parts.append(Part(name, path, time.perf_counter() - began, first.numel() * first.element_size()))
+                    self.inside.returned.append((first, version_of(first)))
                     if single:
                         self.inside.beside[path] = first.double()
             return out

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,6 @@ SHRINK = tuple(1 - 0.01 * i for i in range(0, 80, 2))
 """Candidate shares of a channel's full range (CacheQuant)."""
 _CHUNK = 1 << 22
 """Weights searched at a time: bounds the scratch memory."""
-_INT_MM_DEVICES = ("cpu", "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -133,13 +133,28 @@ def _search(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int_product(x: Tensor, weight: Tensor) -> Tensor:
-    """int32 [rows, out]: x int8 [rows, in] times weight int8 [out, in], transposed. Exact.
+    """int32 [rows, out]: x int8 [rows, in] times weight int8 [out, in], transposed. Exact where `cpu_is_exact`, and on CUDA.
 
-    CUDA takes more than 16 rows and multiples of 8 columns only; there the operands are padded with zeros, which add nothing.
+    CUDA takes more than 16 rows and multiples of 8 columns only; there the operands are padded with zeros, which add nothing. So they
+    are on CPUs where a size is 1: torch up to 2.15 reads a stride that has no meaning there, and answers with whatever lay in memory
+    (pytorch issue 195066).
     """
-    if x.is_cuda:
+    if x.is_cuda or 1 in (*x.shape, len(weight)):
         return aligned_product(x, weight)
-    return torch._int_mm(x, weight.t())
+    return torch._int_mm(x.contiguous(), weight.t())
+
+
+@cache
+def cpu_is_exact() -> bool:
+    """Whether int8 products are right on this CPU. Without VNNI or the like, oneDNN adds pairs in 16 bits, which overflow silently
+    (pytorch issue 136746); the values most prone to that are tried once."""
+    for rows, columns, out in ((17, 16, 16), (64, 64, 64), (128, 768, 192)):
+        for value in (127, -128):
+            x = torch.full((rows, columns), value, dtype=torch.int8)
+            product = int_product(x, torch.full((out, columns), 127, dtype=torch.int8))
+            if not bool((product == value * 127 * columns).all()):
+                return False
+    return True
 
 
 def aligned_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -178,6 +193,7 @@ class _QuantLayer(nn.Module):
     def __init__(self, weight: PackedWeight, bias: Tensor | None, like: Tensor, step: Step, ranges: Tensor | None) -> None:
         super().__init__()
         self.step, self.columns = step, weight.columns
+        self._cpu_is_exact = cpu_is_exact()
         self.register_buffer("packed", weight.packed)
         self.register_buffer("scale", weight.scale)
         self.register_buffer("zero", weight.zero)
@@ -193,6 +209,7 @@ class _QuantLayer(nn.Module):
             ranges = torch.stack(scale_and_zero(low, high), 1)
         self.register_buffer("activation", ranges)
         self.register_buffer("correction", None)
+        step.on(like.device)  # made here: a compiled forward only reads it
 
     @property
     def bits(self) -> Bits:
@@ -249,8 +266,10 @@ class _QuantLayer(nn.Module):
         return torch.addcmul(shift, y, scale)
 
     def _integer(self, x: Tensor) -> bool:
-        """Whether this input goes through the integer product; else the dequantised values are multiplied, with the same meaning."""
-        return self.activation is not None and x.device.type in _INT_MM_DEVICES and x.numel() > 0
+        """Whether this input goes through the integer product: on CUDA and on CPUs that do it right. Else the dequantised values are
+        multiplied as floats, which means the same."""
+        works = x.is_cuda or (x.device.type == "cpu" and self._cpu_is_exact)
+        return self.activation is not None and works and x.numel() > 0
 
     def _rounded(self, x: Tensor) -> Tensor:
         """float32: the input as its int8 grid holds it; untouched where activations are not quantised."""
@@ -266,6 +285,8 @@ class _QuantLayer(nn.Module):
             moved = self._buffers[name]
             if moved is not None and moved.dtype != torch.float32:
                 self._buffers[name] = table.to(moved.device)
+        if not self.scale.is_meta:
+            self.step.on(self.scale.device)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -357,6 +378,7 @@ class QuantConv2d(_QuantLayer):
         q = q.permute(0, 2, 3, 1)
         if self.kernel_size == (1, 1):
             return q[:, :: self.stride[0], :: self.stride[1]]
+        q = q.contiguous()  # so that a window is copied pixel by pixel, not byte by byte
         for axis, (size, stride, dilation) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True), 1):
             q = q.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
         return q.permute(0, 1, 2, 4, 5, 3).flatten(3)
@@ -430,6 +452,8 @@ def quantised(
     step: Step | None = None,
 ) -> Quantised:
     """Builds a quantised copy of a denoiser; the original is not touched.
+
+    As `copy.deepcopy` does, the copy takes along the hooks of the modules it copies; those of the layers it replaces stay behind.
 
     Args:
         module: Any tree with `nn.Linear` and `nn.Conv2d` in it.

@@ -23,26 +23,36 @@ if (_root / "pyproject.toml").is_file() and (_root / "accelerators").is_dir():
 from hasten._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
+    from hasten.accelerators.caching.bac import BAC
+    from hasten.accelerators.caching.deepcache import DeepCache
     from hasten.accelerators.caching.delta_dit import DeltaDiT
+    from hasten.accelerators.caching.first_block import FirstBlock
+    from hasten.accelerators.caching.fora import FORA
     from hasten.accelerators.caching.forecast import Forecast
     from hasten.accelerators.caching.magcache import MagCache
     from hasten.accelerators.caching.plan import Action, Plan, PlanError
     from hasten.accelerators.caching.report import RunReport
     from hasten.accelerators.caching.runtime import attach
+    from hasten.accelerators.caching.teacache import TeaCache
     from hasten.accelerators.caching.trace import Trace
     from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain, trace
     from hasten.pipelines.calibration import calibrate
     from hasten.pipelines.planning import plan
 
 __all__ = [
+    "BAC",
+    "FORA",
     "AcceleratedPipeline",
     "Action",
+    "DeepCache",
     "DeltaDiT",
+    "FirstBlock",
     "Forecast",
     "MagCache",
     "Plan",
     "PlanError",
     "RunReport",
+    "TeaCache",
     "Trace",
     "__version__",
     "accelerate",
@@ -54,6 +64,11 @@ __all__ = [
 ]
 
 _HOME = {
+    "TeaCache": "hasten.accelerators.caching.teacache",
+    "FirstBlock": "hasten.accelerators.caching.first_block",
+    "FORA": "hasten.accelerators.caching.fora",
+    "DeepCache": "hasten.accelerators.caching.deepcache",
+    "BAC": "hasten.accelerators.caching.bac",
     "AcceleratedPipeline": "hasten.pipelines.accelerated",
     "Action": "hasten.accelerators.caching.plan",
     "DeltaDiT": "hasten.accelerators.caching.delta_dit",

@@ -19,8 +19,14 @@ from hasten.pipelines.accelerated import ComputeAll
 from tests.accelerators.caching.toys import WIDTH, Loop, Toy, guided, randn
 from tests.families import FAMILIES, PIPELINES, flux_pipeline, lumina2_pipeline, pixart_pipeline, run, sd3_pipeline
 
-METHODS = {"delta-dit": hasten.DeltaDiT(interval=2, cached=0.6), "forecast": hasten.Forecast(interval=2, order=1, start=1)}
-"""Every rule; what needs calibration is carried out as a plan with the same actions."""
+METHODS = {
+    "delta-dit": hasten.DeltaDiT(interval=2, cached=0.6),
+    "forecast": hasten.Forecast(interval=2, order=1, start=1),
+    "fora": hasten.FORA(interval=2),
+    "first-block": hasten.FirstBlock(threshold=1e9, warmup=1),
+    "teacache": hasten.TeaCache(threshold=100.0),
+}
+"""Every rule and every decider, the latter set to reuse what they may; what needs calibration is carried out as a plan of the same kind."""
 every_pipeline = pytest.mark.parametrize("name", PIPELINES)
 
 
@@ -388,11 +394,10 @@ def test_both_calls_of_a_second_order_step_share_a_row(name: str, method: Any) -
     plain = run(pipe, call)
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll(), force_store=True), call), plain)
     fast = hasten.accelerate(pipe, method)
-    last = pipe.transformer.transformer_blocks[-1]
-    computed: list[int] = []
-    hook = last.register_forward_hook(lambda *_: computed.append(1))
     made = run(fast, call)  # traces as well
-    computed.clear()
+    computed: list[int] = []
+    last = pipe.transformer.get_submodule(fast.report.plan.sites[-1])
+    hook = last.register_forward_hook(lambda *_: computed.append(1))
     assert torch.equal(run(fast, call), made)
     hook.remove()
     report = fast.report
