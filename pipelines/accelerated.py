@@ -28,6 +28,7 @@ from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compi
 from hasten.accelerators.caching.segments import state_bytes
 from hasten.accelerators.caching.trace import Trace, TraceError, format_bytes, trace_module
 from hasten.accelerators.dispatch import Call, intercept
+from hasten.accelerators.quantization.int8 import Quantised
 from hasten.accelerators.scheduler_hook import hooked
 
 DENOISERS = ("transformer", "unet", "transformer_2")
@@ -191,7 +192,7 @@ class AcceleratedPipeline:
 
     _OWN = frozenset(
         {"pipe", "method", "reports", "traces", "__signature__"}
-        | {"_denoisers", "_options", "_lock", "_enabled", "_baselines", "_announced", "_traced"}
+        | {"_denoisers", "_options", "_lock", "_enabled", "_baselines", "_announced", "_traced", "_quantised"}
     )
 
     def __init__(self, pipe: Any, method: Method | Plan, denoisers: tuple[str, ...], **options: Any) -> None:
@@ -200,6 +201,7 @@ class AcceleratedPipeline:
         self.reports: dict[str, RunReport] = {}
         self.traces: dict[str, Trace] = {}
         self._traced: dict[str, tuple[nn.Module, dict[TraceKey, Trace]]] = {}
+        self._quantised: dict[str, dict[str, Quantised]] = {}
         self._denoisers = denoisers
         self._options = options
         self._lock = threading.Lock()
@@ -291,7 +293,14 @@ class AcceleratedPipeline:
             began = time.perf_counter()
             with ExitStack() as stack:
                 sessions = {
-                    name: Session(module, method, clock.total, traces=self._known(name, module), **self._options)
+                    name: Session(
+                        module,
+                        method,
+                        clock.total,
+                        traces=self._known(name, module),
+                        quantised=self._quantised.setdefault(name, {}),
+                        **self._options,
+                    )
                     for name in self._denoisers
                     if isinstance(module := getattr(self.pipe, name, None), nn.Module)
                 }
@@ -309,6 +318,7 @@ class AcceleratedPipeline:
         before, known = self._traced.get(name, (module, {}))
         if before is not module:
             known = {}
+            self._quantised.pop(name, None)
         elif name in self.traces:
             trace = self.traces[name]
             known[trace.resolution, getattr(torch, trace.dtype)] = trace
@@ -338,6 +348,7 @@ def accelerate(
     state_budget: int | str | None = None,
     nan_check: str = "auto",
     force_store: bool = False,
+    allow_mismatch: bool = False,
 ) -> AcceleratedPipeline:
     """Wraps a diffusers pipeline so that its calls carry out a method or a plan.
 
@@ -349,6 +360,7 @@ def accelerate(
         state_budget: Most bytes of stored offsets, such as "2GiB"; a plan that needs more is refused.
         nan_check: "auto" (at once on CPU, on CUDA at the end of the run), "sync", or "off".
         force_store: Collect every offset at every step, for tests and timing.
+        allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
 
     Raises:
         ValueError: No denoiser, or an option is not one of those allowed.
@@ -367,6 +379,7 @@ def accelerate(
         state_budget=parse_bytes(state_budget),
         nan_check=nan_check,
         force_store=force_store,
+        allow_mismatch=allow_mismatch,
     )
 
 

@@ -22,7 +22,7 @@ from hasten.accelerators.caching.deciders import Decider, Memory, relative_l1
 from hasten.accelerators.caching.plan import Action, Plan
 from hasten.accelerators.caching.runtime import Session, compute_all
 from hasten.accelerators.caching.segments import Span
-from hasten.accelerators.caching.trace import Trace, format_bytes
+from hasten.accelerators.caching.trace import Trace, format_bytes, weight_facts
 from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, denoisers_of, parse_bytes, trace
 
 PROBES = 12
@@ -237,19 +237,28 @@ class _Source:
     loop: Loop | None = None
     steps: int = 0
 
-    def full(self, method: Any, observe: Any, tick: Callable[[], None], *, store: bool = True) -> tuple[Trace, dict[str, Any]]:
+    def full(
+        self, method: Any, observe: Any, tick: Callable[[], None], *, store: bool = True, prepare: Callable[[int], None] | None = None
+    ) -> tuple[Trace, dict[str, Any]]:
         """One run with an observer; the trace and the run's facts."""
         if self.runs is not None:
-            _, fast = self.runs.run(method, tick, force_store=store, observe=observe)
+            _, fast = self.runs.run(method, tick, force_store=store, observe=observe, prepare=prepare)
             found, report = fast.trace, fast.report
         else:
             assert self.module is not None and self.loop is not None
-            with Session(self.module, method, self.steps, force_store=store, observe=observe) as session:
+            with Session(self.module, method, self.steps, force_store=store, observe=observe, prepare=prepare) as session:
                 self.loop(session)
             found, report = session.trace, session.report
             tick()
         assert found is not None and report.plan is not None
         return found, {name: value for name, value in report.plan.facts.items() if name != "method"}
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is measured."""
+        found = getattr(self.runs.pipe, self.runs.denoiser) if self.runs is not None else self.module
+        assert isinstance(found, nn.Module)
+        return found
 
     @property
     def parts(self) -> list[_Source]:
@@ -258,6 +267,22 @@ class _Source:
             return [self]
         runs = self.runs
         return [_Source(runs.some(slice(at, at + runs.batch))) for at in range(0, len(runs.prompts), runs.batch)]
+
+
+class _AllRuns:
+    """Runs over all prompts, for methods that need several passes."""
+
+    def __init__(self, source: _Source, steps: int, tick: Callable[[], None]) -> None:
+        self.source, self.steps, self.tick = source, steps, tick
+        self.denoiser = source.denoiser
+
+    def full(self, method: Any, *, observe: Any = None, prepare: Callable[[int], None] | None = None) -> tuple[Trace, dict[str, Any]]:
+        """One run under a method or plan."""
+        found: tuple[Trace, dict[str, Any]] | None = None
+        for part in self.source.parts:
+            found = part.full(method, observe, self.tick, store=observe is not None, prepare=prepare)
+        assert found is not None
+        return found
 
 
 def calibrate(
@@ -298,7 +323,7 @@ def calibrate(
     Raises:
         ValueError: No prompts or fewer than `samples`, no number of steps, or a method that needs no calibration.
     """
-    if not hasattr(method, "calibrated") and not hasattr(method, "fitted"):
+    if not any(hasattr(method, name) for name in ("calibrated", "fitted", "measured")):
         raise ValueError(f"{type(method).__name__} needs no calibration: give it to hasten.accelerate as it is")
     steps = steps_of(call)
     budget = parse_bytes(table_budget) or SKETCH_BYTES
@@ -318,7 +343,8 @@ def calibrate(
             told = estimate(pipe, kept, batch=batch, budget=budget, denoiser=denoiser, **call)
             print(f"hasten: calibrating, {told}", file=sys.stderr)
     with progress_bar(progress) as bar:
-        task = bar.add_task("measuring", total=len(source.parts))
+        passes = 4 if hasattr(method, "measured") else 1
+        task = bar.add_task("measuring", total=passes * len(source.parts))
 
         def tick() -> None:
             bar.advance(task)
@@ -328,14 +354,15 @@ def calibrate(
             for part in source.parts:
                 part.full(pairs, pairs, tick, store=False)
             return method.fitted(pairs.pairs)
+        bound = weight_facts(source.denoiser)
+        if hasattr(method, "measured"):
+            return method.measured(_AllRuns(source, steps, tick)).with_facts(**bound, calibrated_on=count)
         if getattr(method, "sites", "blocks") == "blocks" and source.runs is not None:
             measured = measure(source.runs, steps, tick, probes=0, budget=budget)
             found, tables, facts = measured.trace, measured.tables, measured.facts
         else:
             found, tables, facts = measure_sites(source.parts, method, steps, rows, tick, budget)
-    plan = method.calibrated(found, tables)
-    own = {name: value for name, value in plan.facts.items() if name not in facts or name == "method"}
-    return Plan(plan.actions, plan.sites, plan.branches, {**facts, "calibrated_on": count, **own}, plan.weights, plan.corrections)
+    return method.calibrated(found, tables).with_facts(**facts, **bound, calibrated_on=count)
 
 
 def sites_for(method: Any) -> Callable[[Trace], tuple[str, ...]]:

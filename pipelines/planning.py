@@ -11,6 +11,7 @@ import numpy as np
 
 from hasten.accelerators.caching.plan import Plan
 from hasten.accelerators.caching.planner import Planner, Schedule
+from hasten.accelerators.caching.trace import weight_facts
 from hasten.pipelines.accelerated import ComputeAll, denoisers_of
 from hasten.pipelines.calibration import PROBES, Measured, Runs, StepCosts, measure, progress_bar, relative_errors, steps_of, typical
 
@@ -113,7 +114,7 @@ def plan(
         "step_errors": [round(float(e), 6) for e in chosen.schedule.errors],
     }
     target = f"speedup {speedup:g}" if speedup is not None else f"error {error:g}"
-    facts = {**measured.facts, "method": f"planned for {target}", "certificate": certificate}
+    facts = {**measured.facts, **weight_facts(getattr(pipe, name)), "method": f"planned for {target}", "certificate": certificate}
     return chosen.schedule.plan(measured.trace, **facts)
 
 

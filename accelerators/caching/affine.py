@@ -1,4 +1,4 @@
-"""A scale and a shift for each channel, applied to what is reused."""
+"""A scale and a shift for each channel, applied to what is reused; under batched guidance, those of each half of the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Affine:
     """`scale * value + shift` along one dimension.
 
     Args:
-        scale, shift: [channels].
+        scale, shift: [channels], or [groups * channels] for that many equal groups of consecutive rows.
     """
 
     def __init__(self, scale: np.ndarray, shift: np.ndarray) -> None:
@@ -25,14 +25,20 @@ class Affine:
 
         Args:
             dim: Which dimension the channels are.
+
+        Raises:
+            RuntimeError: The batch is no multiple of the groups, or the channels are others.
         """
         key = value.device, value.dtype
         if key not in self._at:  # copied to the device once, not at every step
             self._at[key] = tuple(t.to(*key) for t in self._given)  # type: ignore[assignment]
-        shape = [1] * value.ndim
-        shape[dim] = -1
+        channels = value.shape[dim]
+        groups = len(self._at[key][0]) // channels
+        shape = [groups, *[1] * value.ndim]
+        shape[dim if dim < 0 else dim + 1] = channels
         scale, shift = (t.view(shape) for t in self._at[key])
-        return torch.addcmul(shift, value, scale)
+        grouped = value.unflatten(0, (groups, -1))
+        return torch.addcmul(shift, grouped, scale).flatten(0, 1)
 
 
 def affines(corrections: Mapping[str, np.ndarray], site: str, branch: int, steps: int) -> list[Affine | None] | None:

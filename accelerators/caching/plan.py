@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ HARD_FACTS = ("model", "config", "steps", "guidance", "scheduler", "order")
 SOFT_FACTS = ("dtype", "resolution")
 """What is warned of."""
 SIGMA_TOLERANCE = 0.05
-_CORRECTION = "correction."
+_CORRECTION, _TABLE = "correction.", "table."
 
 
 class Action(IntEnum):
@@ -81,6 +81,7 @@ class Plan:
             last `forecast_order + 1` of them (a fact; 1 unless told), drawn over the noise level.
         corrections: By site, float32 [2, steps, branches, channels]: scale and shift of what is reused there. A span of blocks is
             corrected by what stands at its last block, on the first stream.
+        tables: Further arrays of numbers that the plan's facts refer to: the activation ranges of quantised layers.
         facts: What it is bound to: model, config, steps, and, once it was executed, scheduler, order, guidance, sigmas, dtype,
             resolution; anything else is kept as a note.
 
@@ -94,6 +95,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     weights: np.ndarray | None = None
     corrections: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         actions = np.asarray(self.actions)
@@ -141,6 +143,12 @@ class Plan:
             table.setflags(write=False)
             corrections[site] = table
         object.__setattr__(self, "corrections", _Facts(corrections))
+        tables = {name: np.array(table, dtype=np.float32, order="C") for name, table in sorted(self.tables.items())}
+        if any(not np.isfinite(table).all() for table in tables.values()):
+            raise PlanError("the tables of a plan must be finite")
+        for table in tables.values():
+            table.setflags(write=False)
+        object.__setattr__(self, "tables", _Facts(tables))
         order = facts.get("forecast_order", 1)
         if type(order) is not int or order < 0:
             raise PlanError(f"forecast_order must be a whole number of at least 0, not {order!r}")
@@ -159,13 +167,17 @@ class Plan:
         """16 hex digits that change with any action, name or fact."""
         return self._digest()[:16]
 
+    def with_facts(self, **facts: Any) -> Plan:
+        """The same plan with further facts; those that it has stay."""
+        return replace(self, facts={**facts, **self.facts})
+
     def _digest(self) -> str:
         head = json.dumps([self.sites, self.branches, self.facts], sort_keys=True).encode()
         body = head + repr(self.actions.shape).encode() + self.actions.tobytes()
         if self.weights is not None:
             body += repr(self.weights.shape).encode() + self.weights.tobytes()
-        for site, table in self.corrections.items():
-            body += site.encode() + repr(table.shape).encode() + table.tobytes()
+        for name, table in (*self.corrections.items(), *self.tables.items()):
+            body += name.encode() + repr(table.shape).encode() + table.tobytes()
         return hashlib.sha256(body).hexdigest()
 
     def __hash__(self) -> int:
@@ -252,6 +264,7 @@ class Plan:
         scratch_name = None
         tensors = {"actions": self.actions} | ({"weights": self.weights} if self.weights is not None else {})
         tensors |= {f"{_CORRECTION}{site}": table for site, table in self.corrections.items()}
+        tensors |= {f"{_TABLE}{name}": table for name, table in self.tables.items()}
         data = safetensors.numpy.save(tensors, metadata={"hasten_plan": json.dumps(head)})
         try:
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as scratch:
@@ -277,6 +290,7 @@ class Plan:
                 keys = set(file.keys())
                 actions = file.get_tensor("actions") if "actions" in keys else None
                 weights = file.get_tensor("weights") if "weights" in keys else None
+                tables = {key.removeprefix(_TABLE): file.get_tensor(key) for key in keys if key.startswith(_TABLE)}
                 corrections = {key.removeprefix(_CORRECTION): file.get_tensor(key) for key in keys if key.startswith(_CORRECTION)}
         except FileNotFoundError:
             raise PlanError(f"there is no plan file {path}") from None
@@ -289,11 +303,11 @@ class Plan:
         found = head.get("format_version") if isinstance(head, dict) else None
         if type(found) is not int or found != FORMAT_VERSION:
             raise PlanError(f"{path} has plan format version {found}, this hasten reads version {FORMAT_VERSION}")
-        known = {"actions", "weights", *(f"{_CORRECTION}{site}" for site in corrections)}
+        known = {"actions", "weights", *(f"{_CORRECTION}{site}" for site in corrections), *(f"{_TABLE}{name}" for name in tables)}
         if "actions" not in keys or keys - known or head.keys() != {"format_version", "sites", "branches", "facts", "digest"}:
             raise PlanError(f"{path} was altered: it does not hold exactly what a plan holds")
         try:
-            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"], weights, corrections)
+            plan = cls(np.asarray(actions), tuple(head["sites"]), tuple(head["branches"]), head["facts"], weights, corrections, tables)
         except (PlanError, TypeError, ValueError) as error:
             raise PlanError(f"{path} was altered: {error}") from None
         if plan._digest() != head["digest"]:

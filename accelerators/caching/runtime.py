@@ -23,6 +23,7 @@ from hasten.accelerators.caching.deep import DeepState
 from hasten.accelerators.caching.forward import BlockState, BranchState, Pass, Recompute
 from hasten.accelerators.caching.parts import PartState, part_program
 from hasten.accelerators.caching.plan import ALL_BRANCHES, ROW, Action, Plan, PlanError
+from hasten.accelerators.caching.quantised import layer_handlers, quantised_copy
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
 from hasten.accelerators.caching.trace import (
@@ -32,8 +33,10 @@ from hasten.accelerators.caching.trace import (
     latents_position,
     tensors_of,
     trace_module,
+    weight_facts,
 )
-from hasten.accelerators.dispatch import Call, compiled_whole, intercept
+from hasten.accelerators.dispatch import Call, Handler, compiled_whole, intercept
+from hasten.accelerators.quantization.int8 import Quantised
 
 TraceKey = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of the latents."""
@@ -101,6 +104,9 @@ class Session:
         state_budget: Most bytes of stored offsets, or None.
         nan_check: "auto" (tested at once on CPU; on CUDA a flag read at the end), "sync" (at once everywhere), or "off".
         force_store: Collect the offset of every site at every step, for tests and timing.
+        quantised: Quantised copies that plans asked for earlier, by the plan's hash; what is made here is put there.
+        allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
+        prepare: Called before every denoiser call with the step.
         observe: Called after every denoiser call with the branch, the step and what was stored in it.
     """
 
@@ -114,6 +120,9 @@ class Session:
         state_budget: int | None = None,
         nan_check: str = "auto",
         force_store: bool = False,
+        quantised: MutableMapping[str, Quantised] | None = None,
+        allow_mismatch: bool = False,
+        prepare: Callable[[int], None] | None = None,
         observe: Observer | None = None,
     ) -> None:
         if nan_check not in ("auto", "sync", "off"):
@@ -134,6 +143,9 @@ class Session:
         self._budget = state_budget
         self._nan_check = nan_check
         self._force_store = force_store
+        self._quantised_copies: MutableMapping[str, Quantised] = quantised if quantised is not None else {}
+        self._allow_mismatch = allow_mismatch
+        self._prepare = prepare
         self._observe = observe
         self._stack: ExitStack | None = None
         self._reset()
@@ -152,6 +164,8 @@ class Session:
         self._forward: Pass | None = None
         self._executed: dict[str, list[np.ndarray | None]] = {}
         self._compactable: dict[type, str | None] = {}
+        self._quantised: Quantised | None = None
+        self._layers: dict[nn.Module, Handler] = {}
         self._step_seconds: list[float] = []
         self._bytes_peak = 0
         self._nan_flag: Tensor | None = None
@@ -246,6 +260,7 @@ class Session:
             self._plan = plan_for(self.method, self.trace, total)
             self.facts |= {"dtype": self.trace.dtype, "resolution": list(self.trace.resolution[1:])}
             self.report.warnings += self._plan.check(self.facts)
+            self._adopt(self._plan)
             self._learning = self._evaluation
         if self._began is None:
             self._began = time.perf_counter()
@@ -262,6 +277,23 @@ class Session:
         self._count(began, latents)
         return out
 
+    def _adopt(self, plan: Plan) -> None:
+        """What a calibrated plan needs beyond its sites: the weights that it was calibrated on, and quantised layers."""
+        known = {name: plan.facts[name] for name in ("weights", "adapters") if name in plan.facts}
+        if known:
+            found = weight_facts(self.denoiser)
+            for name, value in known.items():
+                if found[name] != value and not self._allow_mismatch:
+                    raise PlanError(
+                        f"the plan was calibrated with {name} {value}, the model now has {found[name]}: a LoRA was loaded or weights "
+                        "were changed since; calibrate again, or pass allow_mismatch=True"
+                    )
+        if plan.facts.get("quantised"):
+            if plan.hash not in self._quantised_copies:
+                self._quantised_copies[plan.hash] = quantised_copy(plan, self.denoiser)
+            self._quantised = self._quantised_copies[plan.hash]
+            self._layers = layer_handlers(self._quantised, self.denoiser)
+
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor) -> Trace:
         key = tuple(latents.shape), latents.dtype
         if key not in self._traces:
@@ -273,14 +305,21 @@ class Session:
         return self._traces[key]
 
     def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: BranchState, name: str, doubt: str | None) -> Any:
+        if self._prepare is not None:
+            self._prepare(self._step)
+        if self._quantised is not None:
+            self._quantised.step.set(self._step)
         passing = branch.start(self._step, doubt)
         if passing is None:
             self._record(name, None)
-            return call(*args, **kwargs)
+            if not self._layers:
+                return call(*args, **kwargs)
+            with intercept(self._layers):
+                return call(*args, **kwargs)
         for attempt in range(2):
             self._forward = passing
             try:
-                with intercept({self.denoiser: self._on_denoiser, **passing.handlers()}):
+                with intercept({self.denoiser: self._on_denoiser, **self._layers, **passing.handlers()}):
                     out = call(*args, **kwargs)
                 passing.finish()
                 break
@@ -416,7 +455,7 @@ class Session:
                 sources.append(plan.branch_index(name, order))
         weights = plan.weights[:, :, sources] if plan.weights is not None else None
         corrections = {site: table[:, :, sources] for site, table in plan.corrections.items()}
-        return Plan(np.stack(columns, -1), plan.sites, tuple(branches), {**plan.facts, **self.facts}, weights, corrections)
+        return Plan(np.stack(columns, -1), plan.sites, tuple(branches), {**plan.facts, **self.facts}, weights, corrections, plan.tables)
 
     def _finite(self, value: Tensor) -> bool:
         """Whether a value may be used. On CUDA under "auto" the answer is left on the device and read at the end."""
@@ -438,6 +477,7 @@ def attach(
     state_budget: int | None = None,
     nan_check: str = "auto",
     force_store: bool = False,
+    allow_mismatch: bool = False,
 ) -> Session:
     """A session for your own loop, or for a network that is no pipeline.
 
@@ -455,6 +495,7 @@ def attach(
         state_budget: Most bytes of stored offsets.
         nan_check: "auto", "sync" or "off"; see `Session`.
         force_store: Collect everything at every step, for tests and timing.
+        allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
 
     Raises:
         ValueError: `num_inference_steps` is not positive.
@@ -467,5 +508,12 @@ def attach(
     if trace is not None:
         traces[trace.resolution, getattr(torch, trace.dtype)] = trace
     return Session(
-        denoiser, method, num_inference_steps, traces=traces, state_budget=state_budget, nan_check=nan_check, force_store=force_store
+        denoiser,
+        method,
+        num_inference_steps,
+        traces=traces,
+        state_budget=state_budget,
+        nan_check=nan_check,
+        force_store=force_store,
+        allow_mismatch=allow_mismatch,
     )

@@ -248,6 +248,27 @@ def config_hash(denoiser: nn.Module) -> str:
     return hashlib.sha256(json.dumps([type(denoiser).__name__, facts]).encode()).hexdigest()[:16]
 
 
+def weight_facts(denoiser: nn.Module) -> dict[str, Any]:
+    """What a calibrated plan is bound to beyond the config: a hash of sampled weights, and the adapters with their scales.
+
+    Weights are compared in bfloat16, so that a checkpoint loaded in another dtype is the same.
+    """
+    digest = hashlib.sha256()
+    scales: dict[str, float] = {}
+    for name, module in denoiser.named_modules():
+        active, scaling = getattr(module, "active_adapters", None), getattr(module, "scaling", None)
+        if isinstance(scaling, Mapping) and isinstance(active, list):
+            scales |= {adapter: round(float(scaling[adapter]), 6) for adapter in active if adapter in scaling}
+        for key, value in module.named_parameters(recurse=False):
+            if "lora_" in name or value.is_meta:
+                continue
+            # Adapters wrap a layer: its own weight keeps its place under another name.
+            digest.update(f"{name.removesuffix('.base_layer')}.{key}".encode())
+            flat = value.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 16)][:16].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return {"weights": digest.hexdigest()[:16], "adapters": dict(sorted(scales.items()))}
+
+
 def block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules of everything that stands in an outermost list of modules."""
     for name, child in module.named_children():

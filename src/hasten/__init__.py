@@ -24,6 +24,7 @@ from hasten._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from hasten.accelerators.caching.bac import BAC
+    from hasten.accelerators.caching.cachequant import CacheQuant
     from hasten.accelerators.caching.deepcache import DeepCache
     from hasten.accelerators.caching.delta_dit import DeltaDiT
     from hasten.accelerators.caching.first_block import FirstBlock
@@ -44,6 +45,7 @@ __all__ = [
     "FORA",
     "AcceleratedPipeline",
     "Action",
+    "CacheQuant",
     "DeepCache",
     "DeltaDiT",
     "FirstBlock",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CacheQuant": "hasten.accelerators.caching.cachequant",
     "TeaCache": "hasten.accelerators.caching.teacache",
     "FirstBlock": "hasten.accelerators.caching.first_block",
     "FORA": "hasten.accelerators.caching.fora",

@@ -285,7 +285,7 @@ def test_a_network_of_ones_own_is_calibrated_on_its_loop() -> None:
 
     plan = hasten.calibrate(net, loop, BAC(updates=3, union=1), num_inference_steps=STEPS, progress=False)
     assert plan.sites == tuple(f"blocks.{i}.{part}" for i in range(3) for part in ("attn", "ff"))
-    made, report = sample(net, plan, x)
+    _, report = sample(net, plan, x)
     assert not report.reasons and report.plan.computed_fraction < 0.7
     with pytest.raises(ValueError, match="must be that function"):
         hasten.calibrate(net, ["a cat"], BAC(updates=3), num_inference_steps=STEPS, progress=False)

@@ -1,0 +1,251 @@
+"""CacheQuant (arXiv 2503.01323): caching and 8- or 4-bit layers together, which each on its own is mild but not the two at once.
+
+When the cached value is refreshed comes from the dynamic programming schedule: groups of steps whose first value stands for the others with
+the least L1 distance. Two closed forms then take the error off: a scale and shift for each channel of what is reused (the cache's
+error), and for each output channel of the
+quantised layers that read it (the quantisation's), for every step. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from hasten.accelerators.caching.calibrate import SiteSketches
+from hasten.accelerators.caching.correction import AffineCorrection, AffineStatistics
+from hasten.accelerators.caching.plan import ALL_BRANCHES, Action, Plan
+from hasten.accelerators.caching.quantised import quantised_tables
+from hasten.accelerators.caching.runtime import compute_all
+from hasten.accelerators.caching.segments import Span
+from hasten.accelerators.caching.solver import segment_dp
+from hasten.accelerators.caching.trace import Trace
+from hasten.accelerators.quantization.int8 import output_errors, quantised, weight_bytes
+from hasten.accelerators.quantization.ranges import ActivationRanges, layers
+
+BITS = ("int8", "int4")
+
+
+class Runs(Protocol):
+    """Runs the sampler on the calibration's prompts."""
+
+    denoiser: nn.Module
+    steps: int
+
+    def full(self, method: Any, *, observe: Any = None, prepare: Callable[[int], None] | None = None) -> tuple[Trace, dict[str, Any]]:
+        """One run under a method or plan; the trace and the run's facts. With an observer, everything is stored at every step."""
+
+
+@dataclass(frozen=True)
+class CacheQuant:
+    """Calibrated: `hasten.calibrate(pipe, prompts, hasten.CacheQuant(interval=5), num_inference_steps=50)`.
+
+    On a UNet the deep branch is cached, on other models all blocks.
+
+    Attributes:
+        interval: Steps per refresh on average (the paper's N: 5 on Stable Diffusion, 5 to 20 on LDM).
+        branch: Of a UNet: skip connections beyond the input convolution that stay live (the paper's cut is 0).
+        schedule: "dps", or "uniform" for every `interval`-th step.
+        cache_correction: Whether what is reused is corrected.
+        output_correction: Whether the outputs of quantised layers are.
+        weights: "int8", "int4" (first and last layer stay at 8 bits), or None to leave the layers alone.
+        activations: "int8", or "none" for weights alone.
+        ridge: Pulls the cache correction's scale towards 1, as a share of the channel's mean square: few samples must not decide alone.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    interval: int = 5
+    branch: int = 0
+    schedule: str = "dps"
+    cache_correction: bool = True
+    output_correction: bool = True
+    weights: str | None = "int8"
+    activations: str = "int8"
+    ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        if type(self.interval) is not int or self.interval < 1:
+            raise ValueError(f"interval must be a whole number of at least 1, not {self.interval!r}")
+        if type(self.branch) is not int or self.branch < 0:
+            raise ValueError(f"branch must be a whole number of at least 0, not {self.branch!r}")
+        if self.schedule not in ("dps", "uniform"):
+            raise ValueError(f"schedule must be 'dps' or 'uniform', not {self.schedule!r}")
+        if self.weights is not None and self.weights not in BITS:
+            raise ValueError(f"weights must be one of {', '.join(BITS)} or None, not {self.weights!r}")
+        if self.activations not in ("int8", "none"):
+            raise ValueError(f"activations must be 'int8' or 'none', not {self.activations!r}")
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge must be at least 0, not {self.ridge!r}")
+
+    def __str__(self) -> str:
+        bits = "" if self.weights is None else f" W{self.weights[3:]}A{8 if self.activations == 'int8' else 32}"
+        fixed = "+".join(name for name, on in (("cache", self.cache_correction), ("output", self.output_correction and bits)) if on)
+        return f"cachequant N={self.interval} {self.schedule}{bits}" + (f" corrected {fixed}" if fixed else "")
+
+    def sites(self, trace: Trace) -> tuple[str, ...]:
+        """What is cached.
+
+        Raises:
+            ValueError: The UNet has no such branch, or no block can be cached.
+        """
+        if trace.deep is not None:
+            if self.branch >= len(trace.deep.sites):
+                raise ValueError(f"branch must be from 0 to {len(trace.deep.sites) - 1} for this model, not {self.branch}")
+            return (trace.deep.sites[self.branch],)
+        if not trace.sites:
+            raise ValueError(f"no block of {trace.model} can be cached")
+        return trace.sites
+
+    def measured(self, runs: Runs) -> Plan:
+        """The plan, from up to four runs: distances, the cache's errors, activation ranges, the layers' errors."""
+        steps, everything = runs.steps, _Everything(self)
+        distances = _Distances(steps)
+        trace, facts = runs.full(everything, observe=distances)
+        sites = self.sites(trace)
+        computed = self.computed(distances.total())
+        corrections: dict[str, np.ndarray] = {}
+        branches: tuple[str, ...] = (ALL_BRANCHES,)
+        if self.cache_correction:
+            groups = 2 if str(facts.get("guidance", "")).startswith("batched x2") else 1
+            while len(computed) < steps:
+                errors = _Errors(steps, computed, groups, dim=1 if trace.deep is not None else -1)
+                runs.full(everything, observe=errors)
+                branches, corrections[sites[-1]] = errors.table(self.ridge)
+                # A value that moves against the true one is of no use at that step: it is refreshed there, and all is measured again.
+                useless = set(np.flatnonzero(((corrections[sites[-1]][0] < 0).mean(-1) > 0.5).any(-1)).tolist())
+                if not useless:
+                    break
+                computed = sorted({*computed, *useless})
+        actions = np.full((steps, len(sites), len(branches)), Action.REUSE)
+        actions[computed] = Action.COMPUTE
+        bound = {**facts, "model": trace.model, "config": trace.config_hash, "method": str(self)}
+        plan = Plan(actions, sites, branches, bound, corrections=corrections)
+        return plan if self.weights is None else self._quantise(plan, runs, trace)
+
+    def computed(self, distance: np.ndarray) -> list[int]:
+        """The refreshed steps, from the distances [T, T] of the cached value at every two steps; the first steps of the groups."""
+        steps = len(distance)
+        if self.schedule == "uniform" or self.interval == 1:
+            return list(range(0, steps, self.interval))
+        cost = np.triu(distance).cumsum(1)
+        count = math.ceil(steps / self.interval)
+        return segment_dp(cost, count, math.ceil(self.interval / 2), 2 * self.interval).starts(count)
+
+    def consumers(self, trace: Trace, names: Sequence[str]) -> list[str]:
+        """Of the quantised layers, those that read what is reused: on a UNet the first up layer that runs on a reused step, else what
+        stands behind the blocks."""
+        if trace.deep is not None:
+            within = trace.deep.up[trace.deep.consumer(self.branch)].modules[:1]
+            return [name for name in names if name.startswith(tuple(f"{path}." for path in within))]
+        blocks = tuple(f"{block.path}." for block in trace.blocks)
+        found = [name for name in names if not name.startswith(blocks)]
+        return found[-1:]
+
+    def _quantise(self, plan: Plan, runs: Runs, trace: Trace) -> Plan:
+        ranges = ActivationRanges(plan.steps)
+        with ranges.watch(runs.denoiser):
+            runs.full(plan, prepare=ranges.step.set)
+        tables = ranges.tables() if self.activations == "int8" else {}
+        made = quantised(
+            runs.denoiser,
+            tables or None,
+            weights=self.weights,  # type: ignore[arg-type]
+            activations=self.activations,  # type: ignore[arg-type]
+            steps=plan.steps,
+        )
+        fixes: dict[str, AffineCorrection] = {}
+        if self.output_correction:
+            with output_errors(runs.denoiser, made, self.consumers(trace, list(made.bits))) as statistics:
+                runs.full(plan, prepare=made.step.set)
+            fixes = {name: found.fit() for name, found in statistics.items()}
+        kept = [name for name, bits in made.bits.items() if bits == 8] if self.weights == "int4" else None
+        own = [layer.weight for layer in layers(runs.denoiser).values() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        small, full = weight_bytes(made.module), 4 * sum(weight.numel() for weight in own)
+        asked = {
+            "weights": self.weights,
+            "activations": self.activations,
+            "keep_8bit": kept,
+            "bytes_of_fp32": round((small.weights + small.scales) / full, 4),
+        }
+        return replace(plan, facts={**plan.facts, "quantised": asked}, tables=quantised_tables(tables, fixes))
+
+
+class _Everything:
+    """Computes everything, at the sites that the method caches."""
+
+    def __init__(self, method: CacheQuant) -> None:
+        self.method = method
+
+    def plan(self, trace: Trace, steps: int) -> Plan:
+        return compute_all(trace, steps, self.method.sites(trace))
+
+
+def _value(values: dict[Span, dict[int, Tensor]]) -> Tensor:
+    """What is cached: the deep branch's value, or the sum of the blocks' offsets on the first stream."""
+    total: Tensor | None = None
+    for span in sorted(values):
+        part = values[span][min(values[span])]
+        total = part if total is None or total.shape != part.shape else total + part
+    assert total is not None
+    return total
+
+
+class _Distances:
+    """Sketches of the cached value at every step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.batches: list[SiteSketches] = []
+
+    def __call__(self, branch: str, step: int, values: dict[Span, dict[int, Tensor]]) -> None:
+        if step == 0 and (not self.batches or (branch, 0) in self.batches[-1].kept):
+            self.batches.append(SiteSketches(self.steps, ("value",), 64))
+        self.batches[-1](branch, step, {Span(0, 1, step): {0: _value(values)}})
+
+    def total(self) -> np.ndarray:
+        """[T, T] mean absolute differences, over all batches."""
+        return np.asarray(np.mean([batch.tables()["value"].distance for batch in self.batches], 0))
+
+
+class _Errors:
+    """Compares the value at every reused step with that of the step which it is reused from."""
+
+    def __init__(self, steps: int, computed: list[int], groups: int, dim: int) -> None:
+        self.steps, self.computed, self.groups, self.dim = steps, set(computed), groups, dim
+        self.source: dict[str, Tensor] = {}
+        self.statistics: AffineStatistics | None = None
+        self.branches: list[str] = []
+
+    def __call__(self, branch: str, step: int, values: dict[Span, dict[int, Tensor]]) -> None:
+        value = _value(values).detach()
+        if branch not in self.branches:
+            self.branches.append(branch)
+        if step in self.computed or branch not in self.source:
+            self.source[branch] = value.clone()
+            return
+        if self.statistics is None:
+            self.statistics = AffineStatistics(self.steps, value.shape[self.dim])
+        halves = zip(value.chunk(self.groups), self.source[branch].chunk(self.groups), strict=True)
+        for group, (true, kept) in enumerate(halves):
+            self.statistics.add(step, true, kept, dim=self.dim, branch=f"{branch}/{group}")
+
+    def table(self, ridge: float) -> tuple[tuple[str, ...], np.ndarray]:
+        """Branches, and their corrections [2, steps, branches, groups * channels]."""
+        branches = tuple(self.branches) if len(self.branches) > 1 else (ALL_BRANCHES,)
+        assert self.statistics is not None
+        columns = []
+        for branch in self.branches:
+            fits = []
+            for group in range(self.groups):
+                name = f"{branch}/{group}"
+                size = float(self.statistics._of(name)[1][3].mean())  # of the channels' variance
+                fits.append(self.statistics.fit(ridge * size, branch=name))
+            scale, shift = (np.concatenate([np.asarray(getattr(fit, part)) for fit in fits], 1) for part in ("scale", "shift"))
+            columns.append(np.stack([scale, shift]))
+        return branches, np.stack(columns, 2)
