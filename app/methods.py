@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.plan import Plan
     from hasten.accelerators.caching.runtime import Method
 
-METHODS = ("delta-dit", "auto", "none")
+INTERVALS = {"delta-dit": "DeltaDiT", "forecast": "Forecast", "fora": "FORA", "deepcache": "DeepCache"}
+"""Methods that `--interval` sets, by their public name."""
+DECIDERS = {"first-block": "FirstBlock", "teacache": "TeaCache"}
+"""Methods that decide during the run."""
+METHODS = (*INTERVALS, *DECIDERS, "auto", "none")
 
 
 def choose_method(
@@ -28,7 +32,8 @@ def choose_method(
 
     Args:
         name: One of `METHODS`, or None where the option was not given.
-        interval: Of Delta-DiT, as `cached` and `boundary`; they change the preset's values where one is named.
+        interval: Of the methods in `INTERVALS`.
+        cached, boundary: Of Delta-DiT; they change the preset's values where one is named.
         preset: One of Delta-DiT's published settings.
         plan: A plan file, in place of a method.
         default: The method where no option says.
@@ -37,11 +42,8 @@ def choose_method(
         BadInput: Options contradict each other, or a value is not allowed.
         PlanError: The file is no plan.
     """
-    own = [
-        option
-        for option, value in (("--interval", interval), ("--cached", cached), ("--boundary", boundary), ("--preset", preset))
-        if value is not None
-    ]
+    given_options = (("--interval", interval), ("--cached", cached), ("--boundary", boundary), ("--preset", preset))
+    own = [option for option, value in given_options if value is not None]
     if plan is not None:
         if name is not None or own:
             raise BadInput(
@@ -54,8 +56,16 @@ def choose_method(
         name = "delta-dit" if own else default
     if name not in METHODS:
         raise BadInput(f"--method must be one of {', '.join(METHODS)}, not {name!r}")
-    if name != "delta-dit" and own:
-        raise BadInput(f"--method must be delta-dit where {' and '.join(own)} is given, not {name}")
+    if name != "delta-dit" and (beside := [option for option in own if option != "--interval" or name not in INTERVALS]):
+        raise BadInput(f"--method must be delta-dit where {' and '.join(beside)} is given, not {name}")
+    if name in DECIDERS or (name in INTERVALS and name != "delta-dit"):
+        import hasten
+
+        kind = getattr(hasten, {**INTERVALS, **DECIDERS}[name])
+        try:
+            return kind(interval=interval) if interval is not None else kind()  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise BadInput(f"--{error}") from None
     if name == "none":
         return None
     if name == "auto":

@@ -24,7 +24,8 @@ MethodOption = Annotated[
     typer.Option(
         "--method",
         metavar="NAME",
-        help="delta-dit, auto or none. Default: delta-dit for models that ship, where it was measured; auto, a careful rule, for others.",
+        help="delta-dit, forecast, fora, deepcache (UNets), first-block, teacache, auto or none. "
+        "Default: delta-dit for models that ship, where it was measured; auto, a careful rule, for others.",
         rich_help_panel=CACHING,
     ),
 ]

@@ -122,7 +122,7 @@ class Subject(Protocol):
         ...
 
 
-class _LoopClock:
+class LoopClock:
     """From the moment the scheduler knows its timesteps to the end of its last step."""
 
     def __init__(self) -> None:
@@ -185,7 +185,7 @@ class ShapesSubject:
     def _call(self, target: Any, r: int, steps: int) -> tuple[Timing, Output]:
         final: list[Tensor] = []
         arguments = self._arguments(r, steps)
-        clock = _LoopClock()
+        clock = LoopClock()
         with hooked(self.pipe.scheduler, clock):
             began = time.perf_counter()
             images = target(**arguments, callback=lambda step, timestep, latents: final.append(latents), callback_steps=1).images

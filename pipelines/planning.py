@@ -118,6 +118,35 @@ def plan(
     return chosen.schedule.plan(measured.trace, **facts)
 
 
+def front(
+    pipe: Any, prompts: Sequence[str], counts: Sequence[int], *, seed: int = 0, batch: int = 8, denoiser: str | None = None, **call: Any
+) -> dict[int, tuple[Plan, float]]:
+    """The planner's plan for several numbers of computed steps from one measurement: the front of time and error.
+
+    Args:
+        counts: Of steps computed in full.
+        pipe, prompts, seed, batch, denoiser, call: As for `plan`; all prompts are calibrated on.
+
+    Returns:
+        For each count the plan and its predicted error.
+    """
+    steps = steps_of(call)
+    name = next(iter(denoisers_of(pipe, denoiser)))
+    runs = Runs(pipe, name, tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)
+    measured = measure(runs, steps, _silent, min(PROBES, steps - 1))
+    facts = {**measured.facts, **weight_facts(getattr(pipe, name))}
+    found = {}
+    for count in counts:
+        chosen = _best(runs, measured, count, _silent)
+        plan = chosen.schedule.plan(measured.trace, **facts, method=f"planner, {count} of {steps} steps")
+        found[count] = plan, chosen.predicted
+    return found
+
+
+def _silent() -> None:
+    """Shows no progress."""
+
+
 @dataclass(frozen=True)
 class _Chosen:
     """A schedule, its plan, and its error as predicted once the replay on known prompts has set the scale."""

@@ -1,9 +1,8 @@
 """CacheQuant (arXiv 2503.01323): caching and 8- or 4-bit layers together, which each on its own is mild but not the two at once.
 
-When the cached value is refreshed comes from the dynamic programming schedule: groups of steps whose first value stands for the others with
-the least L1 distance. Two closed forms then take the error off: a scale and shift for each channel of what is reused (the cache's
-error), and for each output channel of the
-quantised layers that read it (the quantisation's), for every step. Nothing is trained.
+When the cached value is refreshed comes from the dynamic programming schedule: groups of steps whose first value stands for the others
+with the least L1 distance. Two closed forms then take the error off: a scale and shift for each channel of what is reused (the cache's
+error), and for each output channel of the quantised layers that read it (the quantisation's), for every step. Nothing is trained.
 """
 
 from __future__ import annotations

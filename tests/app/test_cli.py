@@ -194,6 +194,16 @@ def test_bench_hands_over(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [(True, tmp_path / "rows.json")]
 
 
+@pytest.mark.parametrize("method", ["forecast", "fora", "first-block", "teacache"])
+def test_every_method_draws_and_its_plan_is_saved_and_drawn_again(run: Run, tmp_path: Path, method: str) -> None:
+    plan = tmp_path / "plan.safetensors"
+    words = ("generate", "a cat", "--model", "TINY", "--steps", 5, "--out", tmp_path / "out")
+    made = run(*words, "--method", method, "--save-plan", plan)
+    assert made.exit_code == 0, made.stderr
+    first = next((tmp_path / "out").glob("*.png")).read_bytes()
+    assert first and run(*words, "--plan", plan).exit_code == 0
+
+
 def test_a_plan_that_was_made_draws(run: Run, tmp_path: Path) -> None:
     prompts, plan = tmp_path / "prompts.txt", tmp_path / "made" / "plan.safetensors"
     prompts.write_text("a cat\na dog\na cow\n")
@@ -231,7 +241,10 @@ def test_version_and_help(run: Run) -> None:
         (["generate", "x", "--model", "TINY", "--interval", "0"], "--interval must be a whole number of at least 1, not 0"),
         (["generate", "x", "--model", "TINY", "--cached", "1.5"], "--cached must be a fraction from 0.0 to 1.0"),
         (["generate", "x", "--model", "TINY", "--boundary", "half"], "--boundary must be a fraction such as 0.75 or a count"),
-        (["generate", "x", "--model", "TINY", "--method", "magic"], "--method must be one of delta-dit, auto, none, not 'magic'"),
+        (["generate", "x", "--model", "TINY", "--method", "magic"], "--method must be one of delta-dit, forecast, fora, deepcache, first-block, teacache, auto, none"),
+        (["generate", "x", "--model", "TINY", "--method", "fora", "--cached", "2"], "--method must be delta-dit where --cached is given"),
+        (["generate", "x", "--model", "TINY", "--method", "teacache", "--interval", "2"], "must be delta-dit where --interval is given"),
+        (["generate", "x", "--model", "TINY", "--method", "forecast", "--interval", "0"], "--interval must be a whole number"),
         (["generate", "x", "--model", "TINY", "--method", "auto", "--cached", "2"], "--method must be delta-dit where --cached is given"),
         (["generate", "x", "--model", "TINY", "--method", "none", "--compare"], "--compare needs something to compare with"),
         (["generate", *["x"] * 25, "--model", "TINY", "--compare"], "--compare shows at most 24 captions, not 25"),

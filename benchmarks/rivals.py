@@ -1,0 +1,470 @@
+"""The planner against every other way to save the same time: other projects' caches, simpler methods, and fewer steps.
+
+    python -m hasten.benchmarks.rivals
+
+On the trained models, with a first-order and a second-order solver each, on the same captions and noise. A rival's error at a speed-up is
+read off its own front of measured time and error, between settings and never beyond them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hasten.accelerators.caching.delta_dit import DeltaDiT
+from hasten.accelerators.caching.first_block import FirstBlock
+from hasten.accelerators.caching.forecast import Forecast, forecast_plan
+from hasten.accelerators.caching.magcache import MagCache
+from hasten.accelerators.caching.teacache import TeaCache
+from hasten.accelerators.caching.trace import Trace
+from hasten.accelerators.scheduler_hook import hooked
+from hasten.benchmarks import peers
+from hasten.benchmarks.harness import (
+    Bar,
+    BenchError,
+    Results,
+    bars_table,
+    check_target,
+    paired_difference,
+    progress_bar,
+    results_page,
+    steady_memory,
+    surroundings,
+    table,
+    write_text,
+)
+from hasten.benchmarks.subjects import NOISE_SEED, LoopClock
+from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, trace
+from hasten.pipelines.calibration import calibrate
+from hasten.pipelines.planning import front
+from hasten.pipelines.zoo.loading import call_defaults, load, path_of
+from hasten.pipelines.zoo.shapes import sample_scenes, verify
+
+PAGE = results_page("caching-rivals")
+STEPS = 50
+SPEEDUPS = (1.5, 2.0, 3.0)
+"""At which the bars are read."""
+SHARE_OF_BEST_PEER = 0.7
+PREDICTION_FACTOR = 2.0
+CALIBRATION_SEED, HELD_OUT_SEED, ACCURACY_SEED = 20_260_201, 20_260_202, 20_260_203
+"""Fixed before the first measurement."""
+PLANNER, FEWER, HAND = "planner", "fewer steps", "hand-made schedule"
+
+
+def _ddim(config: Any) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(config)
+
+
+def _dpm(config: Any) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(config)
+
+
+def _euler(config: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
+def _flow_dpm(config: Any) -> Any:
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.get("shift", 1.0))
+
+
+CASES: dict[str, tuple[str, Callable[[Any], Any], int]] = {
+    "shapes, DDIM": ("shapes", _ddim, 1),
+    "shapes, DPM++ 2M": ("shapes", _dpm, 2),
+    "shapes-flow, Euler": ("shapes-flow", _euler, 1),
+    "shapes-flow, DPM++ 2M": ("shapes-flow", _flow_dpm, 2),
+}
+"""By name: the model, its scheduler made from the shipped one's config, and the solver's order."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run.
+
+    Attributes:
+        cases: Of `CASES`.
+        captions: Held-out captions, drawn in one call by each variant in each round.
+        rounds: Times that every variant is timed; pictures are those of the first.
+        calibration: Captions that calibrated methods are calibrated on.
+        accuracy: Captions for the verifier's verdict at 2x; 0 for none.
+        counts: Steps that the planner computes in full.
+    """
+
+    cases: tuple[str, ...] = tuple(CASES)
+    captions: int = 24
+    rounds: int = 2
+    calibration: int = 16
+    accuracy: int = 256
+    counts: tuple[int, ...] = (36, 30, 26, 23, 19, 15, 12, 9)
+
+    def __post_init__(self) -> None:
+        if not self.cases or not set(self.cases) <= set(CASES):
+            raise BenchError(f"cases must be of {', '.join(CASES)}, not {self.cases}")
+        if self.captions < 2 or self.rounds < 1 or self.calibration < 2:
+            raise BenchError("captions and calibration must be at least 2, rounds at least 1")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of one way to save time."""
+
+    family: str
+    text: str
+    method: Any = None
+    steps: int = STEPS
+    predicted: float | None = None
+
+
+class Drawer:
+    """A pipeline with a solver, drawing fixed captions on fixed noise to the final latents."""
+
+    def __init__(self, case: str, captions: Sequence[str], seed: int) -> None:
+        model, scheduler, self.order = CASES[case]
+        self.case, self.model, self.captions = case, model, list(captions)
+        self.pipe: Any = load(model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.scheduler = scheduler(self.pipe.scheduler.config)
+        own = {"clean_caption": False, "use_resolution_binning": False} if model == "shapes" else {}
+        self.call = {**call_defaults(path_of(model)), **own}
+        self.call.pop("num_inference_steps", None)
+        config = self.pipe.transformer.config
+        shape = (len(self.captions), config.in_channels, config.sample_size, config.sample_size)
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        self.trace: Trace = trace(self.pipe, **self.arguments(2))
+        self._wrappers: dict[int, AcceleratedPipeline] = {}
+
+    def arguments(self, steps: int) -> dict[str, Any]:
+        return {
+            **self.call, "prompt": self.captions, "latents": self.noise, "num_inference_steps": steps, "output_type": "latent",
+            "return_dict": False,
+        }  # fmt: skip
+
+    def draw(self, target: Any, steps: int) -> tuple[float, Tensor]:
+        """Seconds of the sampling loop, and the final latents."""
+        clock = LoopClock()
+        with hooked(self.pipe.scheduler, clock), torch.no_grad():
+            out = target(**self.arguments(steps))[0]
+        return clock.timing(0.0).seconds, torch.as_tensor(out).float()
+
+    def run(self, variant: Variant) -> tuple[float, Tensor]:
+        """As `draw`, under a variant.
+
+        Raises:
+            Exception: A peer's own error.
+        """
+        if variant.method is None:
+            return self.draw(self.pipe, variant.steps)
+        if isinstance(variant.method, peers.Peer):
+            with variant.method.on(self.pipe, steps=STEPS, calibration=lambda pipe: self.draw(pipe, STEPS)) as pipe:
+                return self.draw(pipe, STEPS)
+        key = id(variant.method)
+        if key not in self._wrappers:
+            self._wrappers[key] = accelerate(self.pipe, variant.method)
+            self._wrappers[key].traces["transformer"] = self.trace
+        return self.draw(self._wrappers[key], STEPS)
+
+    def pictures(self, latents: Tensor) -> Tensor:
+        """uint8 [N, 3, 64, 64]."""
+        with torch.no_grad():
+            images = self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """Captions never seen in training."""
+    return [str(caption) for caption in sample_scenes(count, torch.Generator().manual_seed(seed), held_out=False, placed=False).captions()]
+
+
+def hand_made(found: Trace, steps: int, dense: int, interval: int, order: int) -> Any:
+    """The same compute spent densely on the first steps and then at an interval, with a forecast."""
+    computed = [k < dense or (k - dense) % interval == interval - 1 for k in range(steps)]
+    return forecast_plan(found, computed, order=order, method=f"first {dense}, then every {interval}, order {order}")
+
+
+def variants(drawer: Drawer, settings: Settings) -> list[Variant]:
+    """All that is compared."""
+    known = captions(settings.calibration, CALIBRATION_SEED)
+    call = {**drawer.call, "num_inference_steps": STEPS}
+    plans = front(drawer.pipe, known, settings.counts, batch=settings.calibration, seed=NOISE_SEED, **call)
+    found = [Variant(PLANNER, plan.facts["method"], plan, predicted=predicted) for plan, predicted in plans.values()]
+    found += [Variant(FEWER, f"{steps} steps", steps=steps) for steps in (40, 33, 29, 25, 22, 19, 16, 14, 12, 10)]
+    found += [
+        Variant(HAND, str(plan.facts["method"]), plan)
+        for dense, interval, order in ((24, 2, 1), (18, 2, 1), (12, 3, 1), (12, 3, 2), (8, 3, 1), (10, 4, 1), (6, 4, 1), (4, 5, 1))
+        for plan in [hand_made(drawer.trace, STEPS, dense, interval, order)]
+    ]
+    found += [Variant("Delta-DiT", str(m), m) for n in (2, 3, 4) for c in (0.5, 0.75, 1.0) for m in [DeltaDiT(interval=n, cached=c)]]
+    found += [Variant("forecast", str(m), m) for n in (2, 3, 4, 6) for o in (1, 2) for m in [Forecast(interval=n, order=o)]]
+    found += [Variant("first-block", str(m), m) for t in (0.02, 0.05, 0.08, 0.12, 0.2, 0.3) for m in [FirstBlock(threshold=t, warmup=4)]]
+    tea = calibrate(drawer.pipe, known, TeaCache(), batch=settings.calibration, progress=False, **call)
+    found += [Variant("TeaCache", str(m), m) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.8) for m in [replace(tea, threshold=t)]]
+    for threshold, skip, retention in ((0.03, 2, 0.2), (0.06, 3, 0.2), (0.12, 3, 0.2), (0.24, 5, 0.1), (0.5, 8, 0.1), (1.0, 12, 0.1)):
+        plan = calibrate(drawer.pipe, known[:1], MagCache(threshold, skip, retention), progress=False, **call)
+        found.append(Variant("MagCache", str(plan.facts["method"]), plan))
+    there = peers.installed()
+    for name in peers.families_for(drawer.pipe):
+        if there[name] is not None:
+            found += [Variant(f"{name} {there[name]}", str(peer), peer) for peer in peers.grid(name)]
+    return found
+
+
+def relative_errors(reference: Tensor, other: Tensor) -> np.ndarray:
+    """[samples] |other - reference| / |reference|."""
+    return np.asarray((other - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1))
+
+
+def measure(case: str, settings: Settings, tick: Callable[[], None]) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """All variants of one case in turns, each beside a plain run."""
+    drawer = Drawer(case, captions(settings.captions, HELD_OUT_SEED), NOISE_SEED)
+    plain = Variant("plain", f"{STEPS} steps")
+    _, reference = drawer.run(plain)
+    rows: list[dict[str, Any]] = []
+    chosen = variants(drawer, settings)
+    for variant in chosen:
+        row: dict[str, Any] = {"case": case, "family": variant.family, "variant": variant.text}
+        ratios: list[float] = []
+        try:
+            if isinstance(variant.method, peers.Peer):
+                drawer.run(variant)  # peers compile and calibrate in their first call
+            for _ in range(settings.rounds):
+                base, _ = drawer.run(plain)
+                seconds, latents = drawer.run(variant)
+                ratios.append(base / seconds)
+        except Exception as error:  # the peer's own failure is its result
+            if not isinstance(variant.method, peers.Peer):
+                raise
+            rows.append({**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"})
+            continue
+        finally:
+            tick()
+        errors = relative_errors(reference, latents)
+        rows.append({
+            **row,
+            "speedup": statistics.median(ratios),
+            "error": float(errors.mean()),
+            "error_typical": float(np.exp(np.log(np.maximum(errors, 1e-9)).mean())),
+            "error_high": float(errors.max()),
+            "predicted": variant.predicted,
+        })  # fmt: skip
+    bars = bars_of(case, rows)
+    if settings.accuracy:
+        bars += accuracy(case, chosen, rows, settings)
+    return rows, bars
+
+
+# ------------------------------------------------------------------------------------------------------------------- fronts
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(speed-up, error) of the settings that no other beats in both, by speed-up."""
+    best: list[tuple[float, float]] = []
+    for speedup, error in sorted(points, reverse=True):
+        if not best or error < best[-1][1]:
+            best.append((speedup, error))
+    return best[::-1]
+
+
+def error_at(points: Sequence[tuple[float, float]], speedup: float) -> float | None:
+    """Error at a speed-up on the front: straight between its settings in log error, None beyond them.
+
+    A front that begins above the speed-up is read at its first setting: that one is faster and no worse.
+    """
+    line = pareto(points)
+    if not line or speedup > line[-1][0]:
+        return None
+    if speedup <= line[0][0]:
+        return line[0][1]
+    x, y = (np.array(column) for column in zip(*line, strict=True))
+    return float(np.exp(np.interp(speedup, x, np.log(np.maximum(y, 1e-12)))))
+
+
+def points_of(rows: Sequence[Mapping[str, Any]], family: str, key: str = "error") -> list[tuple[float, float]]:
+    """Measured (speed-up, error) of a family's settings."""
+    return [(row["speedup"], row[key]) for row in rows if row["family"] == family and "speedup" in row]
+
+
+def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """The planner's error against each rival's at every speed-up, and against its own prediction."""
+    bars = []
+    families = [family for family in dict.fromkeys(row["family"] for row in rows) if family != PLANNER]
+    others = {family for family in families if any(family.startswith(name) for name in peers.installed())}
+    for speedup in SPEEDUPS:
+        mine = error_at(points_of(rows, PLANNER), speedup)
+        found = {family: error_at(points_of(rows, family), speedup) for family in families}
+        rivals = {family: error for family, error in found.items() if error is not None}
+        if mine is None:
+            bars.append(Bar.at_most(f"{case}: planner's error at {speedup:g}x", float("inf"), 0, "the planner is not that fast here"))
+            continue
+        outside = {family: error for family, error in rivals.items() if family in others or family == FEWER}
+        if outside:
+            best = min(outside, key=lambda family: outside[family])
+            note = f"planner {mine:.4f}, {best} {outside[best]:.4f}"
+            bars.append(
+                Bar.at_most(f"{case}: planner over the best of peers and fewer steps at {speedup:g}x", mine / outside[best], 1.0, note)
+            )
+        own = {family: error for family, error in rivals.items() if family not in outside}
+        if own:
+            best = min(own, key=lambda family: own[family])
+            note = f"planner {mine:.4f}, {best} {own[best]:.4f}"
+            bars.append(Bar.at_most(f"{case}: planner over our other methods at {speedup:g}x", mine / own[best], 1.0, note))
+        named = {family: error for family, error in rivals.items() if family in others}
+        if speedup == 2.0 and named:
+            best = min(named, key=lambda family: named[family])
+            note = f"planner {mine:.4f}, {best} {named[best]:.4f}; half is the aim"
+            bars.append(Bar.at_most(f"{case}: planner over the best peer at 2x", mine / named[best], SHARE_OF_BEST_PEER, note))
+    factors = [max(a / b, b / a) for row in rows if (a := row.get("predicted")) and (b := row.get("error_typical"))]
+    if factors:
+        note = f"the worst of {len(factors)} plans; geometric means over captions on both sides"
+        bars.append(Bar.at_most(f"{case}: replayed over predicted error, either way", max(factors), PREDICTION_FACTOR, note))
+    return bars
+
+
+def accuracy(case: str, chosen: Sequence[Variant], rows: Sequence[Mapping[str, Any]], settings: Settings) -> list[Bar]:
+    """The verifier's verdict on plain and on the planner's slowest plan of at least 2x, on captions and noise of their own."""
+    fast = [(row["speedup"], v) for row, v in zip(rows, chosen, strict=True) if v.family == PLANNER and row.get("speedup", 0) >= 2.0]
+    if not fast:
+        return []
+    _, variant = min(fast, key=lambda pair: pair[0])
+    words = captions(settings.accuracy, ACCURACY_SEED)
+    drawer = Drawer(case, words, ACCURACY_SEED)
+    verdicts = []
+    for each in (Variant("plain", ""), variant):
+        _, latents = drawer.run(each)
+        verdicts.append(verify(drawer.pictures(latents), words).correct.tolist())
+    change = paired_difference(*verdicts)
+    interval = f"95% interval of the change {100 * change.low:+.1f} to {100 * change.high:+.1f}"
+    note = f"{variant.text}; plain {100 * np.mean(verdicts[0]):.1f}%, {interval}"
+    return [Bar.at_least(f"{case}: change of accuracy at 2x, points ({settings.accuracy} captions)", 100 * change.value, -1.0, note)]
+
+
+# --------------------------------------------------------------------------------------------------------------------- page
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Error against measured speed-up, a panel for each case."""
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    across = min(2, len(cases))
+    figure = Figure(figsize=(7 * across, 5 * -(-len(cases) // across)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(-(-len(cases) // across), across, squeeze=False)).ravel()
+    families = list(dict.fromkeys(row["family"] for row in rows if "speedup" in row))
+    from matplotlib import colormaps
+
+    colours = {family: colormaps["tab20"](i % 20) for i, family in enumerate(families)}
+    for axis, case in zip(axes, cases, strict=False):
+        for family in families:
+            points = points_of([row for row in rows if row["case"] == case], family)
+            if not points:
+                continue
+            strong = family in (PLANNER, FEWER)
+            colour = {PLANNER: "black", FEWER: "red"}.get(family, colours[family])
+            axis.scatter(*zip(*points, strict=True), s=14 if strong else 8, color=colour, alpha=0.5)
+            axis.plot(*zip(*pareto(points), strict=True), color=colour, linewidth=2.5 if strong else 1, label=family)
+        axis.set(title=case, xlabel="measured speed-up of the loop", ylabel="relative L2 error of the latents", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def page(results: Results, picture: str | None) -> str:
+    """The results as a Markdown page."""
+    s = results.settings
+    lines = [
+        "# The planner against its rivals, measured",
+        "Written by `python -m hasten.benchmarks.rivals`, never by hand.",
+        surroundings(results),
+        f"{s['captions']} held-out captions, {STEPS} steps, the same noise for all; every variant is timed beside a plain run "
+        f"({s['rounds']} times). Calibrated methods saw {s['calibration']} other captions. Error: mean over captions of "
+        "|latents - plain| / |plain| with the same solver. A caption that ends in another picture altogether has an error near 1 and "
+        "decides a mean; the typical error is the geometric mean.",
+    ]  # fmt: skip
+    if picture is not None:
+        lines.append(f"![Error against measured speed-up]({picture})")
+    for case in dict.fromkeys(row["case"] for row in results.rows):
+        mine = [row for row in results.rows if row["case"] == case]
+        head = ["method", *(f"error at {speedup:g}x" for speedup in SPEEDUPS), *(f"typical at {speedup:g}x" for speedup in SPEEDUPS)]
+        cells = []
+        for family in dict.fromkeys(row["family"] for row in mine):
+            values = [error_at(points_of(mine, family, key), speedup) for key in ("error", "error_typical") for speedup in SPEEDUPS]
+            failed = next((row["failed"] for row in mine if row["family"] == family and "failed" in row), None)
+            if failed is not None and not points_of(mine, family):
+                cells.append([family, f"fails: {failed}", *[""] * 5])
+            else:
+                cells.append([family, *(f"{value:.4f}" if value is not None else "not reached" for value in values)])
+        lines += [f"## {case}", table(head, cells), "<details><summary>every setting</summary>", ""]
+        every = [
+            [row["family"], row["variant"], *([row["failed"], "", ""] if "failed" in row else _figures(row))]
+            for row in sorted(mine, key=lambda row: (row["family"], row.get("speedup", 0)))
+        ]
+        lines += [table(["method", "setting", "speed-up", "error", "typical"], every), "</details>"]
+    return "\n\n".join([*lines, "## Bars", bars_table(results.bars)]) + "\n"
+
+
+def _figures(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['speedup']:.2f}x", f"{row['error']:.4f}", f"{row['error_typical']:.4f}"]
+
+
+def run(settings: Settings, json_path: Path | None = None, docs: Path | None = PAGE) -> int:
+    """Runs the benchmark and writes its page; 0 where every bar holds, 1 where one does not, 2 where it could not be run."""
+    try:
+        check_target(json_path, "--json")
+        check_target(docs, "--docs")
+    except BenchError as error:
+        print(f"hasten bench rivals: {error}", file=sys.stderr)
+        return 2
+    steady_memory()
+    results = Results("caching-rivals", False, settings={**vars(settings), "cases": list(settings.cases)})
+    with progress_bar() as bar:
+        for case in settings.cases:
+            task = bar.add_task(case, total=None)
+            rows, bars = measure(case, settings, lambda task=task: bar.advance(task))  # type: ignore[misc]
+            results.rows += rows
+            results.bars += bars
+            if json_path is not None:
+                results.write_json(json_path)  # what is done stays, whatever comes
+    if docs is not None:
+        picture = docs.parent.parent / "pictures" / "caching-rivals.png"
+        plot(results.rows, picture)
+        write_text(docs, page(results, f"../pictures/{picture.name}"))
+    print(bars_table(results.bars))
+    return 0 if results.all_hold else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m hasten.benchmarks.rivals`."""
+    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.rivals", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one (may be repeated); writes no page by itself")
+    parser.add_argument("--captions", type=int, default=Settings.captions, help="held-out captions (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=Settings.rounds, help="timings of each variant (default: %(default)s)")
+    parser.add_argument("--accuracy", type=int, default=Settings.accuracy, help="captions for the verifier, 0: none (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there")
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings(cases=tuple(options.case or CASES), captions=options.captions, rounds=options.rounds, accuracy=options.accuracy)
+    except BenchError as error:
+        print(f"hasten bench rivals: {error}", file=sys.stderr)
+        return 2
+    return run(settings, options.json, options.docs or (PAGE if options.case is None else None))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
