@@ -12,11 +12,17 @@ from hasten.app.errors import BadInput
 
 CACHING, DRAWING, OUTPUT = "Caching", "Drawing", "Output"
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="shapes, shapes-flow, a diffusers pipeline folder, or a hub id.")]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="shapes, shapes-flow, shapes-unet, a diffusers pipeline folder, or a hub id.")
+]
 ModelOption = Annotated[
     str,
     typer.Option(
-        "--model", "-m", metavar="MODEL", help="shapes, shapes-flow, a diffusers pipeline folder, or a hub id.", rich_help_panel=DRAWING
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="shapes, shapes-flow, shapes-unet, a diffusers pipeline folder, or a hub id.",
+        rich_help_panel=DRAWING,
     ),
 ]
 MethodOption = Annotated[
@@ -25,7 +31,7 @@ MethodOption = Annotated[
         "--method",
         metavar="NAME",
         help="delta-dit, forecast, fora, deepcache (UNets), first-block, teacache, auto or none. "
-        "Default: delta-dit for models that ship, where it was measured; auto, a careful rule, for others.",
+        "Default: for models that ship delta-dit (deepcache for the UNet), where it was measured; auto, a careful rule, for others.",
         rich_help_panel=CACHING,
     ),
 ]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.runtime import Method
     from hasten.pipelines.accelerated import AcceleratedPipeline
 
+SHIPPED = {"shapes-unet": "deepcache"}
+"""Methods of the models that ship, where it is not Delta-DiT."""
 BATCH = 8
 """Pictures of the shapes model at a time; they are small."""
 
@@ -72,7 +74,7 @@ def check(options: Options) -> Checked:
         boundary=options.boundary,
         preset=options.preset,
         plan=options.plan,
-        default="delta-dit" if choice.shipped else "auto",
+        default=SHIPPED.get(choice.name, "delta-dit") if choice.shipped else "auto",
     )
     steps = options.steps
     if options.plan is not None:

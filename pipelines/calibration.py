@@ -110,6 +110,9 @@ def measure(runs: Runs, steps: int, tick: Callable[[], None], probes: int = PROB
         some = runs.some(slice(at, at + runs.batch))
         sketches = Sketches(steps, float(scale) if scale and scale > 1 else None, 4 * runs.batch, budget)
         made, fast = some.run(ComputeAll(), tick, force_store=True, observe=sketches)
+        if fast.trace is not None and not fast.trace.sites:
+            use = "DeepCache or CacheQuant, which cache its deep branch" if fast.trace.deep is not None else "another model"
+            raise ValueError(f"no block of {fast.trace.model} can be cached as a span: use {use}")
         latents.append(made)
         grams.append(sketches.gram())
         distances.append(sketches.distances())

@@ -138,7 +138,7 @@ def front(
     found = {}
     for count in counts:
         chosen = _best(runs, measured, count, _silent)
-        plan = chosen.schedule.plan(measured.trace, **facts, method=f"planner, {count} of {steps} steps")
+        plan = chosen.schedule.plan(measured.trace, **{**facts, "method": f"planner, {count} of {steps} steps"})
         found[count] = plan, chosen.predicted
     return found
 
@@ -158,10 +158,9 @@ class _Chosen:
 
 def _best(runs: Runs, measured: Measured, count: int, tick: Callable[[], None]) -> _Chosen:
     """The best of several solutions, by their replay on the prompts that they were solved on."""
-    schedules = {Planner(measured.tables, coherence=c).solve(count).computed: c for c in COHERENCES}
+    schedules = {s.computed: s for s in (Planner(measured.tables, coherence=c).solve(count) for c in COHERENCES)}
     best: _Chosen | None = None
-    for coherence in schedules.values():
-        schedule = Planner(measured.tables, coherence=coherence).solve(count)
+    for schedule in schedules.values():
         candidate = schedule.plan(measured.trace)
         made, _ = runs.run(candidate, tick)
         replayed = typical(relative_errors(measured.latents, made))

@@ -107,7 +107,7 @@ class Planner:
                 found, left[k] = self.residual(tuple(history), k)
                 weights[k, : len(found)] = found
         scaled = left * self.tables.sensitivity[:, None]
-        each = np.maximum(np.einsum("ki,ij,kj->k", scaled, self.gram, scaled), 0.0)
+        each = np.maximum(((scaled @ self.gram) * scaled).sum(1), 0.0)
         total = scaled.sum(0)
         together = max(float(total @ self.gram @ total), 0.0)
         predicted = (1 - self.coherence) * each.sum() + self.coherence * together

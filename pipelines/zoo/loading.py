@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-MODELS = ("shapes", "shapes-flow")
+MODELS = ("shapes", "shapes-flow", "shapes-unet")
 """Names of the models that ship."""
 
 DEFAULTS_FILE = "hasten.json"

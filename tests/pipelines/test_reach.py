@@ -66,6 +66,11 @@ def test_scenes_depend_on_their_own_seed_alone(world: tuple[Scenes, Tensor]) -> 
     assert len({tuple(goal) for goal in world[0].goal.tolist()}) == len(SEEDS)
 
 
+def test_scene_side_and_noise_are_drawn_from_streams_of_their_own() -> None:
+    first = [torch.rand(4, generator=simulator.stream_of(5, purpose)).tolist() for purpose in range(3)]
+    assert len({number for stream in first for number in stream}) == 12
+
+
 def test_both_ways_are_free_and_within_the_speed_limit(world: tuple[Scenes, Tensor]) -> None:
     scenes, ways = world
     assert (simulator.way_clearance(scenes, ways) > 0.9 * simulator.MARGIN).all()
@@ -131,6 +136,8 @@ def test_arguments_are_checked() -> None:
         rollout(expert, [0], limit=0)
     with pytest.raises(ValueError, match="at least one seed"):
         scenes_of([])
+    with pytest.raises(ValueError, match="seeds must be from 0 to 1073741823, got -1"):
+        scenes_of([-1])
     with pytest.raises(ValueError, match=r"must return waypoints of shape \(1, 16, 2\), not \(1, 3, 2\)"):
         rollout(lambda seen, rows: torch.zeros(len(rows), 3, 2), [0])
     with pytest.raises(ValueError, match=r"sample must have shape \[B, 16, 2\], not \[1, 8, 2\]"):
@@ -159,7 +166,7 @@ def test_timesteps_may_be_numbers_scalars_or_one_for_each_row() -> None:
     assert not torch.equal(policy(sample, 8, seen), expected)
 
 
-def test_it_does_not_matter_where_the_scene_lies_nor_how_its_discs_are_ordered() -> None:
+def test_it_does_not_matter_where_the_scene_lies_how_it_is_turned_nor_how_its_discs_are_ordered() -> None:
     policy, sample, seen = tiny(), torch.randn(2, HORIZON, 2), observations(2)
     expected = policy(sample, 30, seen)
     moved = seen.clone()
@@ -168,6 +175,11 @@ def test_it_does_not_matter_where_the_scene_lies_nor_how_its_discs_are_ordered()
     swapped = torch.cat([seen[:, :6], seen[:, 9:12], seen[:, 6:9], seen[:, 12:]], 1)
     for other in (moved, swapped):
         torch.testing.assert_close(policy(sample, 30, other), expected, rtol=1e-4, atol=1e-5)
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    turned = seen.clone()
+    for x in (0, 2, 4, 6, 9, 12):
+        turned[:, x : x + 2] = seen[:, x : x + 2] @ turn
+    torch.testing.assert_close(policy(sample @ turn, 30, turned), expected @ turn, rtol=1e-4, atol=1e-5)
 
 
 def test_a_caching_runtime_finds_its_blocks_and_their_parts_and_changes_nothing_by_itself() -> None:

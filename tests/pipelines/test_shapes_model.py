@@ -25,8 +25,8 @@ assert image.size == (64, 64)
 assert not any(name.partition(".")[0] == "hasten" for name in sys.modules)
 """
 
-CLASSES = {"shapes": "PixArtAlphaPipeline", "shapes-flow": "AuraFlowPipeline"}
-MEGABYTES = {"shapes": 12, "shapes-flow": 10}
+CLASSES = {"shapes": "PixArtAlphaPipeline", "shapes-flow": "AuraFlowPipeline", "shapes-unet": "StableDiffusionPipeline"}
+MEGABYTES = {"shapes": 12, "shapes-flow": 10, "shapes-unet": 10}
 every_model = pytest.mark.parametrize("name", CLASSES)
 
 
@@ -85,7 +85,7 @@ def test_it_draws_what_captions_say(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "held_out", "bar", "three"),
-    [("shapes", False, 0.90, 0.75), ("shapes", True, 0.80, None), ("shapes-flow", False, 0.85, None)],
+    [("shapes", False, 0.90, 0.75), ("shapes", True, 0.80, None), ("shapes-flow", False, 0.85, None), ("shapes-unet", False, 0.85, None)],
 )
 def test_accuracy_holds_on_captions_never_seen_in_training(name: str, held_out: bool, bar: float, three: float | None) -> None:
     captions = world.sample_scenes(2048, torch.Generator().manual_seed(6_000_000 + held_out), held_out=held_out, placed=False).captions()

@@ -336,6 +336,21 @@ def test_control_residuals_act_live(span: str, control: str) -> None:
         assert (made[1] - plain).abs().max() > 0.05
 
 
+@pytest.mark.parametrize(
+    "method",
+    [hasten.FORA(interval=2), hasten.FirstBlock(threshold=1e9, warmup=1), hasten.TeaCache(threshold=1e9), hasten.Forecast(order=1)],
+)
+def test_control_residuals_are_neither_frozen_nor_doubled_by_other_methods(method: Any) -> None:
+    """The same input at every step: what is reused or forecast is what would be computed."""
+    model, inputs = FAMILIES["flux"]()
+    call = {**inputs(1), "controlnet_block_samples": residuals(200, 3), "controlnet_single_block_samples": residuals(250, 2)}
+    plain = model(**call)[0]
+    made, session = steps(model, method, [((), call)] * 6)
+    assert session.report.computed_fraction < 0.9
+    for out in made:
+        torch.testing.assert_close(out, plain, rtol=0, atol=4e-6)
+
+
 def test_changed_control_residuals_by_hand() -> None:
     """Everything reused: the stream before the last layer is the embedded latents, plus offsets of step 0, plus residuals of step 1."""
     model, inputs = FAMILIES["flux"]()
