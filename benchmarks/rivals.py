@@ -304,30 +304,26 @@ def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
     bars = []
     families = [family for family in dict.fromkeys(row["family"] for row in rows) if family != PLANNER]
     others = {family for family in families if any(family.startswith(name) for name in peers.installed())}
-    for speedup in SPEEDUPS:
-        mine = error_at(points_of(rows, PLANNER), speedup)
-        found = {family: error_at(points_of(rows, family), speedup) for family in families}
-        rivals = {family: error for family, error in found.items() if error is not None}
-        if mine is None:
-            bars.append(Bar.at_most(f"{case}: planner's error at {speedup:g}x", float("inf"), 0, "the planner is not that fast here"))
-            continue
-        outside = {family: error for family, error in rivals.items() if family in others or family == FEWER}
-        if outside:
-            best = min(outside, key=lambda family: outside[family])
-            note = f"planner {mine:.4f}, {best} {outside[best]:.4f}"
-            bars.append(
-                Bar.at_most(f"{case}: planner over the best of peers and fewer steps at {speedup:g}x", mine / outside[best], 1.0, note)
-            )
-        own = {family: error for family, error in rivals.items() if family not in outside}
-        if own:
-            best = min(own, key=lambda family: own[family])
-            note = f"planner {mine:.4f}, {best} {own[best]:.4f}"
-            bars.append(Bar.at_most(f"{case}: planner over our other methods at {speedup:g}x", mine / own[best], 1.0, note))
-        named = {family: error for family, error in rivals.items() if family in others}
-        if speedup == 2.0 and named:
-            best = min(named, key=lambda family: named[family])
-            note = f"planner {mine:.4f}, {best} {named[best]:.4f}; half is the aim"
-            bars.append(Bar.at_most(f"{case}: planner over the best peer at 2x", mine / named[best], SHARE_OF_BEST_PEER, note))
+    for key, kind in (("error", "mean"), ("error_typical", "typical")):
+        for speedup in SPEEDUPS:
+            mine = error_at(points_of(rows, PLANNER, key), speedup)
+            found = {family: error_at(points_of(rows, family, key), speedup) for family in families}
+            rivals = {family: error for family, error in found.items() if error is not None}
+            head = f"{case}, {kind} error at {speedup:g}x: planner over"
+            if mine is None:
+                bars.append(Bar.at_most(f"{head} its rivals", float("inf"), 1.0, "the planner is not that fast here"))
+                continue
+            groups = {
+                "the best of peers and fewer steps": {f: e for f, e in rivals.items() if f in others or f == FEWER},
+                "the best of our other methods": {f: e for f, e in rivals.items() if f not in others and f != FEWER},
+                "the best peer (half is the aim)": {f: e for f, e in rivals.items() if f in others and speedup == 2.0},
+            }
+            for title, group in groups.items():
+                if group:
+                    best = min(group, key=lambda family: group[family])
+                    limit = SHARE_OF_BEST_PEER if "half" in title else 1.0
+                    note = f"planner {mine:.4f}, {best} {group[best]:.4f}"
+                    bars.append(Bar.at_most(f"{head} {title}", mine / group[best], limit, note))
     factors = [max(a / b, b / a) for row in rows if (a := row.get("predicted")) and (b := row.get("error_typical"))]
     if factors:
         note = f"the worst of {len(factors)} plans; geometric means over captions on both sides"
