@@ -22,7 +22,7 @@ EXTRAS = {
     "xformers": (("xformers",), "xformers' attention kernels"),
     "train": (("peft",), "LoRA and distillation"),
     "quant": (("torchao",), "int8 and int4 weights"),
-    "bench": (("psutil",), "machine facts in benchmark results"),
+    "bench": (("psutil", "cache_dit", "DeepCache"), "other projects beside ours in the benchmarks"),
     "dev": (("pytest", "hypothesis", "ruff", "mypy"), "tests and linting"),
 }
 

@@ -63,7 +63,7 @@ def choose_method(
 
         kind = getattr(hasten, {**INTERVALS, **DECIDERS}[name])
         try:
-            return kind(interval=interval) if interval is not None else kind()  # type: ignore[no-any-return]
+            return kind(interval=interval) if interval is not None else kind()
         except ValueError as error:
             raise BadInput(f"--{error}") from None
     if name == "none":

@@ -100,16 +100,18 @@ class Settings:
     Attributes:
         cases: Of `CASES`.
         captions: Held-out captions, drawn in one call by each variant in each round.
-        rounds: Times that every variant is timed; pictures are those of the first.
+        rounds: Times that every variant is timed.
+        between: Variants between two plain runs; a variant is compared with the mean of the two around it.
         calibration: Captions that calibrated methods are calibrated on.
         accuracy: Captions for the verifier's verdict at 2x; 0 for none.
         counts: Steps that the planner computes in full.
     """
 
     cases: tuple[str, ...] = tuple(CASES)
-    captions: int = 24
-    rounds: int = 2
-    calibration: int = 16
+    captions: int = 12
+    rounds: int = 1
+    between: int = 4
+    calibration: int = 8
     accuracy: int = 256
     counts: tuple[int, ...] = (36, 30, 26, 23, 19, 15, 12, 9)
 
@@ -234,29 +236,36 @@ def measure(case: str, settings: Settings, tick: Callable[[], None]) -> tuple[li
     drawer = Drawer(case, captions(settings.captions, HELD_OUT_SEED), NOISE_SEED)
     plain = Variant("plain", f"{STEPS} steps")
     _, reference = drawer.run(plain)
-    rows: list[dict[str, Any]] = []
     chosen = variants(drawer, settings)
-    for variant in chosen:
-        row: dict[str, Any] = {"case": case, "family": variant.family, "variant": variant.text}
-        ratios: list[float] = []
+    seconds: dict[int, list[tuple[float, int]]] = {i: [] for i in range(len(chosen))}
+    latents: dict[int, Tensor] = {}
+    failed: dict[int, str] = {}
+    plains = [drawer.run(plain)[0]]
+    for number, i in enumerate(i for _ in range(settings.rounds) for i in range(len(chosen))):
         try:
-            if isinstance(variant.method, peers.Peer):
-                drawer.run(variant)  # peers compile and calibrate in their first call
-            for _ in range(settings.rounds):
-                base, _ = drawer.run(plain)
-                seconds, latents = drawer.run(variant)
-                ratios.append(base / seconds)
+            if isinstance(chosen[i].method, peers.Peer) and i not in latents and i not in failed:
+                with chosen[i].method.on(drawer.pipe, steps=STEPS, calibration=lambda pipe: drawer.draw(pipe, STEPS)):
+                    pass  # imports and calibration are not timed
+            spent, latents[i] = drawer.run(chosen[i])
+            seconds[i].append((spent, len(plains)))
         except Exception as error:  # the peer's own failure is its result
-            if not isinstance(variant.method, peers.Peer):
+            if not isinstance(chosen[i].method, peers.Peer):
                 raise
-            rows.append({**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"})
+            failed[i] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if number % settings.between == settings.between - 1:
+            plains.append(drawer.run(plain)[0])
+        tick()
+    plains.append(drawer.run(plain)[0])
+    rows: list[dict[str, Any]] = []
+    for i, variant in enumerate(chosen):
+        row: dict[str, Any] = {"case": case, "family": variant.family, "variant": variant.text}
+        if i in failed:
+            rows.append({**row, "failed": failed[i]})
             continue
-        finally:
-            tick()
-        errors = relative_errors(reference, latents)
+        errors = relative_errors(reference, latents[i])
         rows.append({
             **row,
-            "speedup": statistics.median(ratios),
+            "speedup": statistics.median((plains[at - 1] + plains[at]) / 2 / spent for spent, at in seconds[i]),
             "error": float(errors.mean()),
             "error_typical": float(np.exp(np.log(np.maximum(errors, 1e-9)).mean())),
             "error_high": float(errors.max()),
@@ -387,10 +396,10 @@ def page(results: Results, picture: str | None) -> str:
         "# The planner against its rivals, measured",
         "Written by `python -m hasten.benchmarks.rivals`, never by hand.",
         surroundings(results),
-        f"{s['captions']} held-out captions, {STEPS} steps, the same noise for all; every variant is timed beside a plain run "
-        f"({s['rounds']} times). Calibrated methods saw {s['calibration']} other captions. Error: mean over captions of "
-        "|latents - plain| / |plain| with the same solver. A caption that ends in another picture altogether has an error near 1 and "
-        "decides a mean; the typical error is the geometric mean.",
+        f"{s['captions']} held-out captions, {STEPS} steps, the same noise for all; variants take turns, with a plain run after every "
+        f"{s['between']} of them ({s['rounds']} rounds). Calibrated methods saw {s['calibration']} other captions.",
+        "Error: mean over captions of |latents - plain| / |plain| with the same solver. A caption that ends in another picture altogether "
+        "has an error near 1 and decides a mean; the typical error is the geometric mean.",
     ]  # fmt: skip
     if picture is not None:
         lines.append(f"![Error against measured speed-up]({picture})")
