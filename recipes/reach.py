@@ -44,8 +44,8 @@ from hasten.pipelines.zoo.reach import (
 from hasten.pipelines.zoo.reach.policy import SCALE
 
 WORK = Path("runs/reach")
-TRAIN_SEEDS, VALIDATION_SEEDS = range(1_000_000, 1_040_000), range(900_000, 900_128)
-STEPS, BATCH, RATE, EMA = 6_000, 256, 2e-3, 0.999
+TRAIN_SEEDS, VALIDATION_SEEDS = range(1_000_000, 1_040_000), range(900_000, 900_064)
+STEPS, BATCH, RATE, EMA = 1_500, 256, 2e-3, 0.999
 PUSH, RETURN = 0.025, 0.6
 """Standard deviation of the push off the expert's way, in workspace units, and what is left of it after each step."""
 
@@ -86,7 +86,7 @@ class Demonstrations:
         side = torch.randint(2, (n,), generator=generator)
         way = self.ways[row, side]
         index = (torch.rand(n, generator=generator) * (self.arrival[row, side] + 1)).long()
-        index = index * (torch.rand(n, generator=generator) > 0.15)
+        index = index * (torch.rand(n, generator=generator) > 0.35)
         every = torch.arange(n)
         position = way[every, index]
         moving = (index > 0)[:, None]
@@ -137,10 +137,10 @@ def train() -> None:
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 loss = F.mse_loss(policy(noisy, times, observations), noise)
             loss.backward()
-            decay = min(1.0, (STEPS - step) / (0.4 * STEPS))  # constant, then linear to zero over the last 40%
+            decay = min(1.0, (STEPS - step) / (0.6 * STEPS))  # constant, then linear to zero over the last 60%
             for optimizer, rate in zip(optimizers, (RATE, RATE / 2), strict=True):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1.0, (step + 1) / 200) * decay
+                    group["lr"] = rate * min(1.0, (step + 1) / 100) * decay
             torch.nn.utils.clip_grad_norm_(rest, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -157,7 +157,7 @@ def train() -> None:
             if (step + 1) % 250 == 0 or step + 1 == STEPS:
                 done = {} if step + 1 == STEPS else {"policy": policy.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
                 shared.save(path, average=average, step=step + 1, **done)
-            if (step + 1) % 1_000 == 0:
+            if (step + 1) % 500 == 0:
                 shared.log(WORK, stage="validate", step=step + 1, success=validate(average))
 
 
@@ -190,7 +190,6 @@ def export(episodes: int) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     policy.to(torch.bfloat16).save_pretrained(scratch)
     new_scheduler().save_pretrained(scratch / "scheduler")
-    # save_pretrained writes an empty index card of its own; ours replaces it below.
     seeds = range(episodes)
     policy, scheduler = load_policy(folder=scratch)
     with torch.autocast("cpu", torch.bfloat16):

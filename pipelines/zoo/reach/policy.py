@@ -21,10 +21,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from hasten.pipelines.zoo.reach.simulator import HORIZON, OBSERVATION, SPEED
+from hasten.pipelines.zoo.reach.simulator import HORIZON, OBSERVATION, SPEED, stream_of
 
-SCALE = 1.02 * HORIZON * SPEED
-"""Workspace units per unit of a normalised action: no waypoint of the expert is farther than 1 from the effector."""
+SCALE = 0.5 * HORIZON * SPEED
+"""Workspace units per unit of a normalised action: no waypoint of the expert is farther than 2, and their spread is about 0.6."""
 
 WEIGHTS = "weights/reach"
 
@@ -95,6 +95,15 @@ class Entity(nn.Module):
         return self.second(F.silu(self.first(features.to(self.first.weight.dtype))))
 
 
+def _turned(vectors: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Vectors [B, N, 2] in the frame whose first axis is the unit vector (x, y), each [B, 1, 1]; with -y the way back.
+
+    Not a matrix product: autocast would round the places to bfloat16.
+    """
+    a, b = vectors.split(1, -1)
+    return torch.cat([x * a + y * b, x * b - y * a], -1)
+
+
 class ReachPolicy(ModelMixin, ConfigMixin):
     """Predicts the noise in an action chunk.
 
@@ -155,17 +164,21 @@ class ReachPolicy(ModelMixin, ConfigMixin):
         times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         time = get_timestep_embedding(times, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)
         time = self.time_out(F.silu(self.time_in(time.to(dtype))))[:, None]
-        # In fp32 whatever the weights are: places as seen from the effector, so that where the scene lies does not matter.
+        # In fp32 whatever the weights are: everything as seen from the effector that faces the goal, so that where the scene lies and
+        # how it is turned need not be learned.
         observed = global_cond.float()
         position, displacement, goal = observed[:, None, :6].split(2, -1)
         discs = observed[:, 6:].unflatten(1, (-1, 3))
-        goal = self.goal(torch.cat([goal - position, displacement / SPEED], -1))
-        disc = self.disc(torch.cat([discs[..., :2] - position, discs[..., 2:]], -1))
-        memory = torch.cat([time, goal, disc], 1)
-        hidden_states = self.action_in(sample.to(dtype)) + self.places + time
+        ahead = goal - position
+        x, y = (ahead / ahead.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)).split(1, -1)
+        seen_goal = self.goal(torch.cat([_turned(ahead, x, y), _turned(displacement, x, y) / SPEED], -1))
+        seen_discs = self.disc(torch.cat([_turned(discs[..., :2] - position, x, y), discs[..., 2:]], -1))
+        memory = torch.cat([time, seen_goal, seen_discs], 1)
+        hidden_states = self.action_in(_turned(sample.float(), x, y).to(dtype)) + self.places + time
         for block in self.blocks:
             hidden_states = block(hidden_states, memory)
-        return self.action_out(self.norm_out(hidden_states)).to(sample.dtype)
+        noise = self.action_out(self.norm_out(hidden_states)).float()
+        return _turned(noise, x, -y).to(sample.dtype)
 
 
 class Stepped(Protocol):
@@ -178,7 +191,9 @@ class Stepped(Protocol):
 
 def new_scheduler() -> DDPMScheduler:
     """The scheduler that the policy is trained and judged with: Diffusion Policy's, 100 steps."""
-    return DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon", clip_sample=True)
+    return DDPMScheduler(
+        num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon", clip_sample=True, clip_sample_range=2.0
+    )
 
 
 @torch.no_grad()
@@ -236,8 +251,7 @@ class Sampler:
         session: AbstractContextManager[Stepped] | None = None,
     ) -> None:
         self.policy, self.scheduler, self.num_inference_steps, self.session = policy, scheduler, num_inference_steps, session
-        # Another stream of numbers than those of the scene and of the expert's side.
-        self.generators = [torch.Generator().manual_seed(int(seed) + (2 << 40)) for seed in seeds]
+        self.generators = [stream_of(seed, 2) for seed in seeds]
 
     def __call__(self, observations: Tensor, episodes: Tensor, /) -> Tensor:
         generators = [self.generators[episode] for episode in episodes.tolist()]

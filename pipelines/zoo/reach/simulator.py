@@ -21,14 +21,14 @@ HORIZON = 16
 EXECUTE = 8
 """Waypoints of a chunk that are carried out before the policy is asked again."""
 LIMIT = 40
-"""Steps after which an episode has failed; the expert's longest way takes 30."""
+"""Steps after which an episode has failed; the longest of 80,000 ways of the expert takes 33."""
 SPEED = 0.08
 """Distance between the expert's waypoints."""
 MAX_SPEED = 0.12
 """Farthest that the effector moves in a step, whatever the waypoint says."""
 TOLERANCE = 0.06
 """Distance from the goal at which it is reached."""
-MARGIN = 0.08
+MARGIN = 0.1
 """Free space that the expert keeps from every disc."""
 
 OBSERVATION = 6 + 3 * OBSTACLES
@@ -158,17 +158,29 @@ def _drawn(u: Tensor) -> tuple[Scenes, Tensor]:
     return scenes, torch.minimum(clearance(scenes, scenes.start), clearance(scenes, scenes.goal)) >= 2 * MARGIN
 
 
+def stream_of(seed: int, purpose: int) -> torch.Generator:
+    """A generator for one purpose of an episode: 0 draws the scene, 1 the expert's side, 2 a policy's noise.
+
+    Raises:
+        ValueError: `seed` is outside 0 to 2**30 - 1.
+    """
+    if not 0 <= seed < 1 << 30:
+        raise ValueError(f"seeds must be from 0 to {(1 << 30) - 1}, got {seed}")
+    # torch's CPU generator reads the lower 32 bits only, so the purpose must lie among them.
+    return torch.Generator().manual_seed(int(seed) + (purpose << 30))
+
+
 def scenes_of(seeds: Sequence[int]) -> tuple[Scenes, Tensor]:
     """The scenes of the seeds, and the expert's ways on their left and right, [B, 2, LIMIT + 1, 2].
 
     A row depends on its own seed only.
 
     Raises:
-        ValueError: There is no seed.
+        ValueError: There is no seed, or one is outside 0 to 2**30 - 1.
     """
     if not len(seeds):
         raise ValueError("seeds must hold at least one seed")
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    generators = [stream_of(seed, 0) for seed in seeds]
     scenes = Scenes(*(torch.zeros(len(seeds), *shape) for shape in ((2,), (2,), (OBSTACLES, 2), (OBSTACLES,))))
     ways = torch.zeros(len(seeds), 2, LIMIT + 1, 2)
     todo = list(range(len(seeds)))
@@ -189,9 +201,7 @@ def scenes_of(seeds: Sequence[int]) -> tuple[Scenes, Tensor]:
 
 def sides_of(seeds: Sequence[int]) -> Tensor:
     """The side, LEFT or RIGHT, that the expert takes in each episode, [B] int64: a fair coin that is thrown by the seed."""
-    # Another stream of numbers than the scene's, which begins with the bare seed.
-    throws = [torch.randint(2, (1,), generator=torch.Generator().manual_seed(int(seed) + (1 << 40))) for seed in seeds]
-    return torch.cat(throws)
+    return torch.cat([torch.randint(2, (1,), generator=stream_of(seed, 1)) for seed in seeds])
 
 
 def passed_on(scenes: Scenes, path: Tensor) -> Tensor:
