@@ -304,6 +304,7 @@ def plan_make(
         int | None,
         typer.Option("--held-out", metavar="N", help="Captions kept for the certificate. Default: a third.", rich_help_panel=DRAWING),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how long it would take.", rich_help_panel=OUTPUT)] = False,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     seed: SeedOption = 0,
@@ -333,7 +334,7 @@ def plan_make(
     options = Options(
         model, "none", steps=steps, guidance=guidance, seed=seed, size=parse_size(size), batch=batch, dtype=dtype, device=device
     )
-    _finish(make(options, wanted, out, speedup=speedup, error=error, held_out=held_out), json)
+    _finish(make(options, wanted, out, speedup=speedup, error=error, held_out=held_out, dry_run=dry_run), json)
 
 
 @plan_app.command("show")
@@ -346,6 +347,40 @@ def plan_show(
     from hasten.app.plans import show
 
     _finish(show(file, png), json)
+
+
+@plan_app.command("verify")
+def plan_verify(
+    model: ModelName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan.")],
+    prompts: Annotated[Path, typer.Option("--prompts", "-f", metavar="FILE", help="Captions, one a line.", rich_help_panel=DRAWING)],
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    size: SizeOption = None,
+    batch: BatchOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Replay a plan on captions and hold its error against what it predicts.
+
+    Exit code 1 where the error is over twice the predicted one.
+
+    [bold]Example[/bold]
+
+    \b
+    hasten plan verify shapes plan.safetensors --prompts captions.txt
+    """
+    from hasten.app.generate import gather_captions
+    from hasten.app.plans import verify as work
+    from hasten.app.setup import Options
+
+    wanted = gather_captions([], prompts, "--prompts")
+    options = Options(
+        model, None, steps=steps, guidance=guidance, seed=seed, size=parse_size(size), batch=batch, dtype=dtype, device=device
+    )
+    _finish(work(options, file, wanted), json)
 
 
 @plan_app.command("diff")

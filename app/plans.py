@@ -77,9 +77,19 @@ def diff(first: Path, second: Path) -> Outcome:
 
 
 def make(
-    options: Options, captions: Sequence[str], out: Path, *, speedup: float | None, error: float | None, held_out: int | None
+    options: Options,
+    captions: Sequence[str],
+    out: Path,
+    *,
+    speedup: float | None,
+    error: float | None,
+    held_out: int | None,
+    dry_run: bool = False,
 ) -> Outcome:
     """Measures the model on the captions, solves for a plan and saves it.
+
+    Args:
+        dry_run: Only say how long that would take and what it would keep.
 
     Raises:
         BadInput: An option is not allowed, or the target cannot be met.
@@ -96,6 +106,11 @@ def make(
         raise BadInput(f"--prompts must hold more captions than are held out ({held_out or 1}), not {len(captions)}")
     files.check_target("--out", out)
     ready = prepare(check(options), captions)
+    if dry_run:
+        from hasten.pipelines.planning import expected
+
+        told = expected(ready.model.pipe, captions, batch=ready.job.batch, num_inference_steps=ready.job.steps, **ready.job.arguments)
+        return Outcome({"seconds": told.seconds, "bytes": told.bytes, "denoiser_calls": told.calls}, f"measuring would take {told}")
     from hasten.pipelines.planning import plan as solve
 
     try:
@@ -120,6 +135,34 @@ def make(
     return Outcome(
         {"file": str(out), "hash": plan.hash, "computed_fraction": plan.computed_fraction, "facts": dict(plan.facts)}, "\n".join(lines)
     )
+
+
+def verify(options: Options, path: Path, captions: Sequence[str]) -> Outcome:
+    """Replays a plan on captions and holds its error against what the plan predicts; exit code 1 where it is over twice that.
+
+    Raises:
+        BadInput: An option is not allowed.
+        PlanError: The file is no plan, or not one for this model.
+    """
+    from hasten.accelerators.caching.plan import Plan
+    from hasten.pipelines.planning import FACTOR, replay
+
+    plan = Plan.load(path)
+    ready = prepare(check(replace(options, plan=path, method=None)), captions)
+    job = ready.job
+    found = replay(
+        ready.model.pipe, plan, list(job.captions), seed=job.seed, batch=job.batch, num_inference_steps=job.steps, **job.arguments
+    )
+    predicted = (plan.facts.get("certificate") or {}).get("predicted")
+    between = f" (95%: {found.low:.4f} to {found.high:.4f})" if found.high > found.low else ""
+    lines = [f"error of the final latents on {len(captions)} captions: {found.error:.4f}{between}, mean {found.mean:.4f}"]
+    holds = predicted is None or found.error <= FACTOR * predicted
+    if predicted is None:
+        lines.append("the plan carries no prediction to hold that against (`hasten plan make` writes one)")
+    else:
+        lines.append(f"predicted {predicted:.4f}: {'holds' if holds else 'does not hold'} (within {FACTOR:g} times)")
+    data = {"file": str(path), "captions": len(captions), "predicted": predicted, "holds": holds, **vars(found)}
+    return Outcome(data, "\n".join(lines), 0 if holds else 1)
 
 
 def certificate_lines(plan: Plan) -> list[str]:

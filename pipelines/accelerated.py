@@ -26,6 +26,7 @@ from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compiled, compute_all, plan_for
 from hasten.accelerators.caching.segments import state_bytes
+from hasten.accelerators.caching.state import packer
 from hasten.accelerators.caching.trace import Trace, TraceError, format_bytes, trace_module
 from hasten.accelerators.dispatch import Call, intercept
 from hasten.accelerators.quantization.int8 import Quantised
@@ -349,6 +350,7 @@ def accelerate(
     nan_check: str = "auto",
     force_store: bool = False,
     allow_mismatch: bool = False,
+    state: str | None = None,
 ) -> AcceleratedPipeline:
     """Wraps a diffusers pipeline so that its calls carry out a method or a plan.
 
@@ -361,6 +363,7 @@ def accelerate(
         nan_check: "auto" (at once on CPU, on CUDA at the end of the run), "sync", or "off".
         force_store: Collect every offset at every step, for tests and timing.
         allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
+        state: "int8" or "fp8" to keep stored values in 8 bits with a scale for every token: a half to a quarter of the memory.
 
     Raises:
         ValueError: No denoiser, or an option is not one of those allowed.
@@ -370,6 +373,7 @@ def accelerate(
     if method is not None and not hasattr(method, "plan") and not isinstance(method, Plan):
         raise ValueError(f"method must be a caching method such as hasten.DeltaDiT(), or a Plan, not {type(method).__name__}")
     names = tuple(denoisers_of(pipe, denoiser))
+    packer(state)  # refuses what it does not know
     if nan_check not in ("auto", "sync", "off"):
         raise ValueError(f"nan_check must be 'auto', 'sync' or 'off', not {nan_check!r}")
     return AcceleratedPipeline(
@@ -380,6 +384,7 @@ def accelerate(
         nan_check=nan_check,
         force_store=force_store,
         allow_mismatch=allow_mismatch,
+        state=state,
     )
 
 

@@ -13,7 +13,19 @@ from hasten.accelerators.caching.plan import Plan
 from hasten.accelerators.caching.planner import Planner, Schedule
 from hasten.accelerators.caching.trace import weight_facts
 from hasten.pipelines.accelerated import ComputeAll, denoisers_of
-from hasten.pipelines.calibration import PROBES, Measured, Runs, StepCosts, measure, progress_bar, relative_errors, steps_of, typical
+from hasten.pipelines.calibration import (
+    PROBES,
+    Estimate,
+    Measured,
+    Runs,
+    StepCosts,
+    estimate,
+    measure,
+    progress_bar,
+    relative_errors,
+    steps_of,
+    typical,
+)
 
 COHERENCES = (0.0, 0.5, 1.0)
 """How far errors of different steps may add up: plans are solved for each, and the replay decides."""
@@ -101,13 +113,12 @@ def plan(
         made, _ = fresh.run(chosen.plan, tick)
         plain, _ = fresh.run(ComputeAll(), tick)
     errors = relative_errors(plain, made)
-    replayed = typical(errors)
-    spread = math.exp(1.96 * np.log(np.maximum(errors, 1e-12)).std(ddof=1) / math.sqrt(len(errors))) if len(errors) > 1 else 1.0
+    replayed = Replayed.of(errors)
     certificate = {
         "predicted": chosen.predicted,
-        "replayed": replayed,
-        "replayed_interval": [replayed / spread, replayed * spread] if len(errors) > 1 else None,
-        "replayed_mean": float(errors.mean()),
+        "replayed": replayed.error,
+        "replayed_interval": [replayed.low, replayed.high] if len(errors) > 1 else None,
+        "replayed_mean": replayed.mean,
         "speedup": round(measured.costs.speedup(steps, len(chosen.schedule.computed)), 3),
         "held_out": kept,
         "calibrated_on": len(prompts) - kept,
@@ -116,6 +127,48 @@ def plan(
     target = f"speedup {speedup:g}" if speedup is not None else f"error {error:g}"
     facts = {**measured.facts, **weight_facts(getattr(pipe, name)), "method": f"planned for {target}", "certificate": certificate}
     return chosen.schedule.plan(measured.trace, **facts)
+
+
+FACTOR = 2.0
+"""How far a replayed error may be above the predicted one."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Relative L2 error of the final latents under a plan: geometric mean over the prompts with its 95% interval, and plain mean."""
+
+    error: float
+    low: float
+    high: float
+    mean: float
+
+    @classmethod
+    def of(cls, errors: np.ndarray) -> Replayed:
+        """From one error for each prompt."""
+        middle = typical(errors)
+        spread = math.exp(1.96 * np.log(np.maximum(errors, 1e-12)).std(ddof=1) / math.sqrt(len(errors))) if len(errors) > 1 else 1.0
+        return cls(middle, middle / spread, middle * spread, float(errors.mean()))
+
+
+def replay(
+    pipe: Any, plan: Plan, prompts: Sequence[str], *, seed: int = 0, batch: int = 8, denoiser: str | None = None, **call: Any
+) -> Replayed:
+    """Runs prompts plainly and under a plan, from the same noise, and measures what the plan changes.
+
+    Args:
+        pipe, seed, batch, denoiser, call: As for `plan`.
+    """
+    name = next(iter(denoisers_of(pipe, denoiser)))
+    runs = Runs(pipe, name, tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)
+    plain, _ = runs.run(ComputeAll(), _silent)
+    made, _ = runs.run(plan, _silent)
+    return Replayed.of(relative_errors(plain, made))
+
+
+def expected(pipe: Any, prompts: Sequence[str], *, batch: int = 8, denoiser: str | None = None, **call: Any) -> Estimate:
+    """What `plan` will take: full runs, single-step replays, and the replays of a few candidates."""
+    passes = 1 + min(PROBES, steps_of(call) - 1) + len(COHERENCES)
+    return estimate(pipe, prompts, batch=batch, passes=passes, denoiser=denoiser, **call)
 
 
 def front(

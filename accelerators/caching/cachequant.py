@@ -22,6 +22,7 @@ from hasten.accelerators.caching.quantised import quantised_tables
 from hasten.accelerators.caching.runtime import compute_all
 from hasten.accelerators.caching.segments import Span
 from hasten.accelerators.caching.solver import segment_dp
+from hasten.accelerators.caching.state import packer, read
 from hasten.accelerators.caching.trace import Trace
 from hasten.accelerators.quantization.int8 import output_errors, quantised, weight_bytes
 from hasten.accelerators.quantization.ranges import ActivationRanges, layers
@@ -53,6 +54,7 @@ class CacheQuant:
         output_correction: Whether the outputs of quantised layers are.
         weights: "int8", "int4" (first and last layer stay at 8 bits), or None to leave the layers alone.
         activations: "int8", or "none" for weights alone.
+        state: "int8" or "fp8" to keep the cached value in 8 bits, whose error the cache correction then absorbs as well; None as it is.
         ridge: Pulls the cache correction's scale towards 1, as a share of the channel's mean square: few samples must not decide alone.
 
     Raises:
@@ -66,6 +68,7 @@ class CacheQuant:
     output_correction: bool = True
     weights: str | None = "int8"
     activations: str = "int8"
+    state: str | None = None
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
@@ -79,6 +82,7 @@ class CacheQuant:
             raise ValueError(f"weights must be one of {', '.join(BITS)} or None, not {self.weights!r}")
         if self.activations not in ("int8", "none"):
             raise ValueError(f"activations must be 'int8' or 'none', not {self.activations!r}")
+        packer(self.state)
         if not self.ridge >= 0:
             raise ValueError(f"ridge must be at least 0, not {self.ridge!r}")
 
@@ -113,7 +117,7 @@ class CacheQuant:
         if self.cache_correction:
             groups = 2 if str(facts.get("guidance", "")).startswith("batched x2") else 1
             while len(computed) < steps:
-                errors = _Errors(steps, computed, groups, dim=1 if trace.deep is not None else -1)
+                errors = _Errors(steps, computed, groups, 1 if trace.deep is not None else -1, self.state)
                 runs.full(everything, observe=errors)
                 branches, corrections[sites[-1]] = errors.table(self.ridge)
                 # A value that moves against the true one is of no use at that step: it is refreshed there, and all is measured again.
@@ -123,7 +127,7 @@ class CacheQuant:
                 computed = sorted({*computed, *useless})
         actions = np.full((steps, len(sites), len(branches)), Action.REUSE)
         actions[computed] = Action.COMPUTE
-        bound = {**facts, "model": trace.model, "config": trace.config_hash, "method": str(self)}
+        bound = {**facts, "model": trace.model, "config": trace.config_hash, "method": str(self), "state": self.state}
         plan = Plan(actions, sites, branches, bound, corrections=corrections)
         return plan if self.weights is None else self._quantise(plan, runs, trace)
 
@@ -215,7 +219,8 @@ class _Distances:
 class _Errors:
     """Compares the value at every reused step with that of the step which it is reused from."""
 
-    def __init__(self, steps: int, computed: list[int], groups: int, dim: int) -> None:
+    def __init__(self, steps: int, computed: list[int], groups: int, dim: int, state: str | None) -> None:
+        self.pack = packer(state)
         self.steps, self.computed, self.groups, self.dim = steps, set(computed), groups, dim
         self.source: dict[str, Tensor] = {}
         self.statistics: AffineStatistics | None = None
@@ -226,7 +231,7 @@ class _Errors:
         if branch not in self.branches:
             self.branches.append(branch)
         if step in self.computed or branch not in self.source:
-            self.source[branch] = value.clone()
+            self.source[branch] = read(self.pack(value.clone()))
             return
         if self.statistics is None:
             self.statistics = AffineStatistics(self.steps, value.shape[self.dim])

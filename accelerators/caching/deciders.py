@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hasten.accelerators.caching.forward import CHANGED, Collector, Finite, Given, Recompute, Spare, add_offsets, argument, pass_on
 from hasten.accelerators.caching.plan import Action, Plan, PlanError
 from hasten.accelerators.caching.segments import Span, breaks_of
+from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read
 from hasten.accelerators.caching.trace import Block, Stream, Trace
 from hasten.accelerators.dispatch import Call, Handler, intercept
 
@@ -96,6 +97,7 @@ class DecidedState:
         decider: Who decides.
         steps: Of the run.
         finite: Whether an offset may be used.
+        pack: What is done to an offset that is stored.
         compactable: By class of block, why single rows of it cannot be computed, or None where they can; shared by the run's branches.
     """
 
@@ -107,7 +109,9 @@ class DecidedState:
         steps: int,
         finite: Finite,
         compactable: dict[type, str | None],
+        pack: Callable[[Tensor], Kept] = as_is,
     ) -> None:
+        self.pack = pack
         self.denoiser, self.decider, self.steps, self.finite, self.compactable = denoiser, decider, steps, finite, compactable
         self.blocks: list[Block] = [trace.blocks[i] for i in trace.offered]
         self.modules = [denoiser.get_submodule(block.path) for block in self.blocks]
@@ -118,7 +122,7 @@ class DecidedState:
         self.spans = [(a, b) for a, b in pairwise(cuts) if b > a]
         sizes = {(span, s.index): s.bytes for span in self.spans for block in self.blocks[slice(*span)] for s in block.streams}
         self.bytes_planned = sum(sizes.values())
-        self.values: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self.values: dict[tuple[int, int], dict[int, Kept]] = {}
         self.memory: Memory = {}
         self.spare = Spare()
         self.called: list[int] = []
@@ -126,7 +130,7 @@ class DecidedState:
     @property
     def bytes(self) -> int:
         kept = [t for value in self.values.values() for t in value.values()] + list(self.memory.values())
-        return sum(t.numel() * t.element_size() for t in kept)
+        return sum(t.nbytes for t in kept)
 
     def start(self, step: int, doubt: str | None) -> DecidedForward | None:
         return DecidedForward(self, step, doubt) if self.spans else None
@@ -139,14 +143,11 @@ class DecidedState:
         self.memory.clear()
 
     def reindex(self, rows: Tensor) -> None:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, rows.to(tensor.device))
-
-        self.values = {span: {stream: moved(t) for stream, t in value.items()} for span, value in self.values.items()}
-        self.memory = {name: moved(t) for name, t in self.memory.items()}
+        self.values = {span: {stream: moved(t, rows) for stream, t in value.items()} for span, value in self.values.items()}
+        self.memory = {name: t.index_select(0, rows.to(t.device)) for name, t in self.memory.items()}
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
-        return {Span(*span, step): value for span, value in self.values.items()}
+        return {Span(*span, step): {i: read(t) for i, t in value.items()} for span, value in self.values.items()}
 
 
 class _Stop(Exception):
@@ -234,7 +235,7 @@ class DecidedForward:
             self.reasons.append(f"{block.path}: {self.doubt}")
         if any(m.shape[0] != count for m in branch.memory.values()):
             branch.memory.clear()
-        if any(wanted) and not all(branch.finite(t) for value in branch.values.values() for t in value.values()):
+        if any(wanted) and not all(branch.finite(probe(t)) for value in branch.values.values() for t in value.values()):
             self.reasons.append(f"{block.path}: its stored offset is not finite")
             wanted = [False] * count
             branch.clear()
@@ -279,7 +280,7 @@ class DecidedForward:
             raise Recompute(CHANGED)
         if site != self.ends[span]:
             return tensor
-        offset = offset.to(tensor.device)
+        offset = read(offset).to(tensor.device)
         in_place = stream.aliased and self.branch.blocks[site].in_place
         if rows is None:
             return add_offsets(tensor, [(offset, 1.0)], in_place=in_place)
@@ -349,13 +350,14 @@ class DecidedForward:
             broken = collector.broken or collector.close()
             branch.values.pop(span, None)
             if broken is None:
-                branch.values[span] = collector.value()
+                branch.values[span] = {stream: branch.pack(t) for stream, t in collector.value().items()}
             else:
                 self.reasons.append(f"{branch.blocks[span[0]].path}: {broken}")
         for span, sums in self.sums.items():
             assert self.index is not None
             old = branch.values[span]
-            branch.values[span] = {stream: old[stream].index_copy(0, self.index[0], part) for stream, part in sums.items()}
+            mixed = {stream: read(old[stream]).index_copy(0, self.index[0], part) for stream, part in sums.items()}
+            branch.values[span] = {stream: branch.pack(t) for stream, t in mixed.items()}
         if self.proxy is not None and not isinstance(branch.decider, Recorded):
             computed = torch.tensor([not row for row in self.rows]).to(self.proxy.device)
             branch.decider.learn(self.step, self.proxy.detach(), computed, branch.memory)

@@ -18,24 +18,30 @@ from hasten.accelerators.caching.affine import Affine
 from hasten.accelerators.caching.forward import Finite, Recompute
 from hasten.accelerators.caching.plan import Action, PlanError
 from hasten.accelerators.caching.segments import Span
+from hasten.accelerators.caching.state import Kept, Packed, as_is, moved, probe, unpacked
 from hasten.accelerators.caching.unet import Deep
 from hasten.accelerators.dispatch import Call, Handler
 
 
-def mapped(value: Any, made: Callable[[Tensor], Any]) -> Any:
-    """A nest of tuples and lists with its tensors replaced."""
-    if isinstance(value, Tensor):
+def mapped(value: Any, made: Callable[[Any], Any]) -> Any:
+    """A nest of tuples and lists with its tensors, packed or not, replaced."""
+    if isinstance(value, Tensor | Packed):
         return made(value)
     if type(value) in (tuple, list):
         return type(value)(mapped(entry, made) for entry in value)
     return value
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a nest of tuples and lists."""
-    found: list[Tensor] = []
+def kept_in(value: Any) -> list[Kept]:
+    """The tensors of a nest of tuples and lists, packed or not."""
+    found: list[Kept] = []
     mapped(value, found.append)
     return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nest of tuples and lists."""
+    return [kept for kept in kept_in(value) if isinstance(kept, Tensor)]
 
 
 class DeepState:
@@ -49,6 +55,7 @@ class DeepState:
         finite: Whether a value may be used.
         corrections: For each step, what the stored value is corrected with, or None.
         force_store: Store at every step.
+        pack: What is done to a value that is stored.
     """
 
     def __init__(
@@ -60,7 +67,9 @@ class DeepState:
         finite: Finite,
         corrections: list[Affine | None] | None = None,
         force_store: bool = False,
+        pack: Callable[[Tensor], Kept] = as_is,
     ) -> None:
+        self.pack = pack
         if (actions == Action.FORECAST).any():
             raise PlanError("the deep branch of a UNet is reused as a value: a plan for it may compute and reuse, not forecast")
         self.site, self.actions, self.finite = site, actions, finite
@@ -79,7 +88,7 @@ class DeepState:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors_in(self.value))
+        return sum(t.nbytes for t in kept_in(self.value))
 
     def start(self, step: int, doubt: str | None) -> DeepForward | None:
         reuse = self.actions[step] == Action.REUSE
@@ -89,7 +98,7 @@ class DeepState:
         if reuse and why is None:
             if self.value is None:
                 why = "nothing is stored for it yet"
-            elif not all(self.finite(tensor) for tensor in tensors_in(self.value)):
+            elif not all(self.finite(probe(kept)) for kept in kept_in(self.value)):
                 why, self.value = "its stored value is not finite", None
         return DeepForward(self, step, bool(reuse), why)
 
@@ -101,7 +110,7 @@ class DeepState:
         self.value = None
 
     def reindex(self, rows: Tensor) -> None:
-        self.value = mapped(self.value, lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self.value = mapped(self.value, lambda kept: moved(kept, rows))
         self.shape = torch.Size((len(rows), *self.shape[1:]))
 
         def resized(template: tuple[torch.Size, torch.dtype, torch.device]) -> Any:
@@ -110,7 +119,9 @@ class DeepState:
         self.templates = {path: _templates(value, resized) for path, value in self.templates.items()}
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
-        return {Span(0, 1, step): dict(enumerate(tensors_in(self.value)))} if self.source == step and self.value is not None else {}
+        return (
+            {Span(0, 1, step): dict(enumerate(tensors_in(unpacked(self.value))))} if self.source == step and self.value is not None else {}
+        )
 
 
 class _Template(tuple):
@@ -171,7 +182,8 @@ class DeepForward:
     def _answer(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.answered = True
         fix = self.branch.corrections[self.step] if self.branch.corrections is not None else None
-        return self.branch.value if fix is None else mapped(self.branch.value, lambda tensor: fix.apply(tensor, 1))
+        value = unpacked(self.branch.value)
+        return value if fix is None else mapped(value, lambda tensor: fix.apply(tensor, 1))
 
     def _watch(self, path: str) -> Handler:
         def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,7 +202,7 @@ class DeepForward:
             raise Recompute("the model did not call the module whose output is reused")
         if self.found is not None:
             # The model may go on to work in place on what the module returned.
-            self.branch.value, self.branch.source = mapped(self.found, torch.clone), self.step
+            self.branch.value, self.branch.source = mapped(self.found, lambda t: self.branch.pack(t.clone())), self.step
 
     def executed(self, planned: np.ndarray) -> np.ndarray:
         return planned if self.reused else np.full(len(planned), Action.COMPUTE, np.uint8)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hasten.accelerators.caching.affine import Affine
 from hasten.accelerators.caching.plan import Action
 from hasten.accelerators.caching.segments import Row, Span, Use
+from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read
 from hasten.accelerators.caching.trace import Block, Position, Stream, version_of
 from hasten.accelerators.dispatch import Call, Handler
 
@@ -32,9 +33,10 @@ class Spare:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
 
-    def give(self, value: Mapping[int, Tensor]) -> None:
+    def give(self, value: Mapping[int, Kept]) -> None:
         """Takes in a value that nothing reads any more."""
-        self.tensors += [tensor for tensor in value.values() if tensor.device.type == "cpu" and not tensor.requires_grad]
+        tensors = [tensor for tensor in value.values() if isinstance(tensor, Tensor)]
+        self.tensors += [tensor for tensor in tensors if tensor.device.type == "cpu" and not tensor.requires_grad]
 
     def subtract(self, after: Tensor, before: Tensor) -> Tensor:
         """`after - before`, in spare memory where some fits."""
@@ -211,6 +213,7 @@ class BlockState:
         finite: Whether an offset may be used.
         bytes_planned: Most bytes that the plan stores.
         corrections: For each site, for each step, what an offset that is added there is corrected with.
+        pack: What is done to an offset that is stored.
     """
 
     def __init__(
@@ -221,12 +224,13 @@ class BlockState:
         finite: Finite,
         bytes_planned: int,
         corrections: Sequence[list[Affine | None] | None] = (),
+        pack: Callable[[Tensor], Kept] = as_is,
     ) -> None:
-        self.corrections = corrections
+        self.corrections, self.pack = corrections, pack
         self.blocks, self.modules, self.rows, self.finite, self.bytes_planned = blocks, modules, rows, finite, bytes_planned
         self.last_use = {span: k for k, row in enumerate(rows) for span in (*row.store, *row.release)}
         self.called: list[int] = []
-        self.values: dict[Span, dict[int, Tensor]] = {}
+        self.values: dict[Span, dict[int, Kept]] = {}
         # Spans whose values nobody has read yet: whether they are finite is asked then.
         self.untested: set[Span] = set()
         self.refused: dict[Span, str] = {}
@@ -234,7 +238,7 @@ class BlockState:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for value in self.values.values() for t in value.values())
+        return sum(t.nbytes for value in self.values.values() for t in value.values())
 
     def start(self, step: int, doubt: str | None) -> Forward | None:
         row = self.rows[step]
@@ -251,10 +255,10 @@ class BlockState:
         self.spare.tensors.clear()  # of the old batch size
         for value in self.values.values():
             for stream, tensor in value.items():
-                value[stream] = tensor.index_select(0, rows.to(tensor.device))
+                value[stream] = moved(tensor, rows)
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
-        return {span: value for span, value in self.values.items() if span.source == step}
+        return {span: {i: read(t) for i, t in value.items()} for span, value in self.values.items() if span.source == step}
 
 
 class Recompute(Exception):
@@ -305,7 +309,7 @@ class Forward:
             return "nothing is stored for it yet"
         if span in branch.untested:
             branch.untested.remove(span)
-            if not all(branch.finite(tensor) for tensor in branch.values[span].values()):
+            if not all(branch.finite(probe(tensor)) for tensor in branch.values[span].values()):
                 del branch.values[span]
                 return "its stored offset is not finite"
         return None
@@ -353,7 +357,7 @@ class Forward:
                 raise Recompute(CHANGED)
             if not last:
                 return tensor
-            terms = [(o.to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
+            terms = [(read(o).to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
             fixes = self.branch.corrections[use.stop - 1] if self.branch.corrections else None
             fix = fixes[self.step] if fixes is not None and stream.index == 0 else None
             if fix is not None:
@@ -385,7 +389,10 @@ class Forward:
             if broken is not None:
                 self.branch.refused[collector.span] = broken
                 continue
-            self.branch.values[collector.span] = collector.value()
+            value = collector.value()
+            self.branch.values[collector.span] = {stream: self.branch.pack(tensor) for stream, tensor in value.items()}
+            if any(kept is not value[stream] for stream, kept in self.branch.values[collector.span].items()):
+                self.branch.spare.give(value)
             self.branch.untested.add(collector.span)
             self.branch.refused.pop(collector.span, None)
 

@@ -7,7 +7,7 @@ and one addition stands for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.affine import Affine
-from hasten.accelerators.caching.deep import mapped, tensors_in
+from hasten.accelerators.caching.deep import kept_in, mapped, tensors_in
 from hasten.accelerators.caching.forward import CHANGED, Finite, Recompute, pass_on
 from hasten.accelerators.caching.plan import Action, PlanError
 from hasten.accelerators.caching.segments import Span, breaks_of
+from hasten.accelerators.caching.state import Kept, as_is, moved, probe, unpacked
 from hasten.accelerators.caching.trace import Block, Stream, Trace, version_of
 from hasten.accelerators.dispatch import Call, Handler
 
@@ -93,6 +94,7 @@ class PartState:
         rows: From `part_program`.
         finite: Whether a value may be used.
         corrections: For each site, for each step, what its stored value is corrected with.
+        pack: What is done to a value that is stored.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class PartState:
         rows: Sequence[PartRow],
         finite: Finite,
         corrections: Sequence[list[Affine | None] | None] | None = None,
+        pack: Callable[[Tensor], Kept] = as_is,
     ) -> None:
+        self.pack = pack
         self.sites, self.rows, self.finite = tuple(sites), rows, finite
         self.modules = [denoiser.get_submodule(path) for path in sites]
         self.blocks: list[Block] = [trace.blocks[i] for i in trace.offered]
@@ -124,8 +128,8 @@ class PartState:
 
     @property
     def bytes(self) -> int:
-        kept = [t for value in self.values.values() for t in tensors_in(value)] + list(self.merged.values())
-        return sum(t.numel() * t.element_size() for t in kept)
+        kept = [t for value in self.values.values() for t in kept_in(value)] + list(self.merged.values())
+        return sum(t.nbytes for t in kept)
 
     def start(self, step: int, doubt: str | None) -> PartForward | None:
         row = self.rows[step]
@@ -144,14 +148,12 @@ class PartState:
         self.merged.clear()
 
     def reindex(self, rows: Tensor) -> None:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, rows.to(tensor.device))
-
-        self.values = {i: mapped(value, moved) for i, value in self.values.items()}
-        self.merged = {parts: moved(value) for parts, value in self.merged.items()}
+        self.values = {i: mapped(value, lambda kept: moved(kept, rows)) for i, value in self.values.items()}
+        self.merged = {parts: value.index_select(0, rows.to(value.device)) for parts, value in self.merged.items()}
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
-        return {Span(i, i + 1, step): dict(enumerate(tensors_in(self.values[i]))) for i, source in self.sources.items() if source == step}
+        now = [i for i, source in self.sources.items() if source == step]
+        return {Span(i, i + 1, step): dict(enumerate(tensors_in(unpacked(self.values[i])))) for i in now}
 
     def unusable(self, i: int, source: int) -> str | None:
         """Why a part's stored value cannot be used, or None."""
@@ -159,7 +161,7 @@ class PartState:
             return "nothing is stored for it yet"
         if i in self.untested:
             self.untested.remove(i)
-            if not all(self.finite(tensor) for tensor in tensors_in(self.values[i])):
+            if not all(self.finite(probe(kept)) for kept in kept_in(self.values[i])):
                 del self.values[i], self.sources[i]
                 return "its stored value is not finite"
         return None
@@ -202,7 +204,7 @@ class PartForward:
 
     def _value(self, i: int) -> Any:
         fix = self._fix(i)
-        value = self.branch.values[i]
+        value = unpacked(self.branch.values[i])
         return value if fix is None else mapped(value, lambda tensor: fix.apply(tensor, -1))
 
     def _answer(self, i: int) -> Handler:
@@ -272,7 +274,7 @@ class PartForward:
                 self.branch.fragile.add(i)  # from the next step on a copy is stored
                 self.reasons.append(f"{self.branch.sites[i]}: the block changes it in place; it is stored from the next computed step on")
                 continue
-            self.branch.values[i], self.branch.sources[i] = value, self.step
+            self.branch.values[i], self.branch.sources[i] = mapped(value, self.branch.pack), self.step
             self.branch.untested.add(i)
 
     def executed(self, planned: np.ndarray) -> np.ndarray:

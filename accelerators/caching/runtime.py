@@ -26,6 +26,7 @@ from hasten.accelerators.caching.plan import ALL_BRANCHES, ROW, Action, Plan, Pl
 from hasten.accelerators.caching.quantised import layer_handlers, quantised_copy
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
+from hasten.accelerators.caching.state import Kept, packer
 from hasten.accelerators.caching.trace import (
     Trace,
     TraceError,
@@ -106,6 +107,7 @@ class Session:
         force_store: Collect the offset of every site at every step, for tests and timing.
         quantised: Quantised copies that plans asked for earlier, by the plan's hash; what is made here is put there.
         allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
+        state: "int8" or "fp8" to keep stored values in 8 bits; None as the plan says (a fact of that name), else as they are.
         prepare: Called before every denoiser call with the step.
         observe: Called after every denoiser call with the branch, the step and what was stored in it.
     """
@@ -122,6 +124,7 @@ class Session:
         force_store: bool = False,
         quantised: MutableMapping[str, Quantised] | None = None,
         allow_mismatch: bool = False,
+        state: str | None = None,
         prepare: Callable[[int], None] | None = None,
         observe: Observer | None = None,
     ) -> None:
@@ -145,6 +148,8 @@ class Session:
         self._force_store = force_store
         self._quantised_copies: MutableMapping[str, Quantised] = quantised if quantised is not None else {}
         self._allow_mismatch = allow_mismatch
+        packer(state)  # refuses what it does not know
+        self._state_kind = state
         self._prepare = prepare
         self._observe = observe
         self._stack: ExitStack | None = None
@@ -371,24 +376,30 @@ class Session:
         rows = plan.rows_of(name, order)
         if rows is not None:
             return self._decided(Recorded(rows)), []
-        branch, kind = plan.branch_index(name, order), trace.kind_of(plan.sites)
+        branch, kind, pack = plan.branch_index(name, order), trace.kind_of(plan.sites), self._packer
         actions = plan.actions[:, :, branch]
         fixes = {site: affines(plan.corrections, site, branch, plan.steps) for site in plan.sites}
         if kind == "parts":
             program, reasons = part_program(trace, plan.sites, actions, force_store=self._force_store)
-            return PartState(self.denoiser, trace, plan.sites, program, self._finite, [fixes[site] for site in plan.sites]), reasons
+            return PartState(self.denoiser, trace, plan.sites, program, self._finite, [fixes[site] for site in plan.sites], pack), reasons
         if kind == "deep":
             assert trace.deep is not None
             site = plan.sites[0]
-            return DeepState(self.denoiser, trace.deep, site, actions[:, 0], self._finite, fixes[site], self._force_store), []
+            return DeepState(self.denoiser, trace.deep, site, actions[:, 0], self._finite, fixes[site], self._force_store, pack), []
         modules = [self.denoiser.get_submodule(path) for path in trace.sites]
         blocks = [trace.blocks[i] for i in trace.offered]
         made, reasons = compiled(trace, plan, branch, self.facts.get("sigmas"), force_store=self._force_store)
-        return BlockState(blocks, modules, made, self._finite, state_bytes(trace, made), [fixes[site] for site in plan.sites]), reasons
+        size = state_bytes(trace, made)
+        return BlockState(blocks, modules, made, self._finite, size, [fixes[site] for site in plan.sites], pack), reasons
+
+    @property
+    def _packer(self) -> Callable[[Tensor], Kept]:
+        assert self._plan is not None
+        return packer(self._state_kind if self._state_kind is not None else self._plan.facts.get("state"))
 
     def _decided(self, decider: Decider | Recorded) -> DecidedState:
         assert self._plan is not None and self.trace is not None
-        return DecidedState(self.denoiser, self.trace, decider, self._plan.steps, self._finite, self._compactable)
+        return DecidedState(self.denoiser, self.trace, decider, self._plan.steps, self._finite, self._compactable, self._packer)
 
     def _record(self, name: str, passing: Pass | None) -> None:
         assert self._plan is not None
@@ -478,6 +489,7 @@ def attach(
     nan_check: str = "auto",
     force_store: bool = False,
     allow_mismatch: bool = False,
+    state: str | None = None,
 ) -> Session:
     """A session for your own loop, or for a network that is no pipeline.
 
@@ -496,6 +508,7 @@ def attach(
         nan_check: "auto", "sync" or "off"; see `Session`.
         force_store: Collect everything at every step, for tests and timing.
         allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
+        state: "int8" or "fp8" to keep stored values in 8 bits.
 
     Raises:
         ValueError: `num_inference_steps` is not positive.
@@ -516,4 +529,5 @@ def attach(
         nan_check=nan_check,
         force_store=force_store,
         allow_mismatch=allow_mismatch,
+        state=state,
     )

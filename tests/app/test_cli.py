@@ -194,6 +194,22 @@ def test_bench_hands_over(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [(True, tmp_path / "rows.json")]
 
 
+def test_a_dry_run_tells_the_time_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan.safetensors"
+    prompts.write_text("a cat\na dog\n")
+    told = run("plan", "make", "TINY", "--prompts", prompts, "--speedup", 2, "--steps", 5, "--out", plan, "--dry-run")
+    assert told.exit_code == 0 and "denoiser calls" in told.stdout and not plan.exists()
+
+
+def test_a_plan_without_a_certificate_is_replayed_all_the_same(run: Run, tmp_path: Path) -> None:
+    prompts, plan = tmp_path / "prompts.txt", tmp_path / "plan.safetensors"
+    prompts.write_text("a cat\n")
+    words = ("generate", "a cat", "--model", "TINY", "--steps", 5, "--out", tmp_path / "out", "--save-plan", plan)
+    assert run(*words, "--method", "forecast", "--interval", 2).exit_code == 0
+    told = run("plan", "verify", "TINY", plan, "--prompts", prompts)
+    assert told.exit_code == 0 and "carries no prediction" in told.stdout
+
+
 @pytest.mark.parametrize("method", ["forecast", "fora", "first-block", "teacache"])
 def test_every_method_draws_and_its_plan_is_saved_and_drawn_again(run: Run, tmp_path: Path, method: str) -> None:
     plan = tmp_path / "plan.safetensors"
@@ -211,6 +227,10 @@ def test_a_plan_that_was_made_draws(run: Run, tmp_path: Path) -> None:
     assert made.exit_code == 0, made.stderr
     certificate = json.loads(made.stdout)["facts"]["certificate"]
     assert certificate["held_out"] == 1 and certificate["predicted"] <= 0.5
+    checked = run("plan", "verify", "TINY", plan, "--prompts", prompts, "--json")
+    verdict = json.loads(checked.stdout)
+    assert verdict["captions"] == 3 and verdict["low"] <= verdict["error"] <= verdict["high"]
+    assert checked.exit_code == (0 if verdict["error"] <= 2 * certificate["predicted"] else 1)
     shown = run("plan", "show", plan).stdout
     assert "planned for error 0.5" in shown and "held-out captions" in shown
     assert run("generate", "a cat", "--model", "TINY", "--plan", plan, "--out", tmp_path / "out").exit_code == 0

@@ -1,0 +1,243 @@
+"""Caching in a robot's policy: block-wise adaptive caching on `reach`, for time and for success.
+
+    python -m hasten.benchmarks.policy
+
+A policy call is 100 DDPM steps of a transformer on 32 observations. Success is that of whole episodes in the simulator, the same scenes and
+noise for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.accelerators.caching.bac import BAC
+from hasten.accelerators.caching.fora import FORA
+from hasten.accelerators.caching.plan import Action, Plan
+from hasten.accelerators.caching.runtime import Session
+from hasten.accelerators.caching.trace import Trace
+from hasten.benchmarks.harness import (
+    Bar,
+    Results,
+    bars_table,
+    check_target,
+    median_interval,
+    paired_difference,
+    progress_bar,
+    results_page,
+    steady_memory,
+    surroundings,
+    table,
+    wilson,
+    write_text,
+)
+from hasten.pipelines.calibration import calibrate
+from hasten.pipelines.zoo.reach.policy import Sampler, load_policy, sample_actions
+from hasten.pipelines.zoo.reach.simulator import observe, run_episodes, scenes_of, stream_of
+
+PAGE = results_page("caching-policy")
+STEPS, BATCH = 100, 32
+SPEEDUP, POINTS, IDLE_SHARE = 3.4, 1.0, 0.03
+"""The bars: the paper's speed-up, success within a point of full compute, and what a step that reuses everything may cost."""
+FIRST_SEED, CALIBRATION_SEED = 10_000_000, 20_000_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run the policy."""
+
+    name: str
+    plan: Plan | None
+
+
+class Bench:
+    """The policy, with traces kept by the size of the batch."""
+
+    def __init__(self, episodes: int) -> None:
+        self.policy, self.scheduler = load_policy()
+        self.seeds = range(FIRST_SEED, FIRST_SEED + episodes)
+        self.traces: dict[Any, Trace] = {}
+        scenes, _ = scenes_of(range(FIRST_SEED, FIRST_SEED + BATCH))
+        self.observations = observe(scenes, scenes.start, torch.zeros_like(scenes.start))
+
+    def session(self, plan: Plan) -> Session:
+        return Session(self.policy, plan, STEPS, traces=self.traces)
+
+    def call(self, plan: Plan | None) -> tuple[float, list[float]]:
+        """Seconds of one policy call at batch 32, and of its denoiser's steps under a plan."""
+        generators = [stream_of(seed, 2) for seed in range(FIRST_SEED, FIRST_SEED + BATCH)]
+        began = time.perf_counter()
+        if plan is None:
+            sample_actions(self.policy, self.scheduler, self.observations, generators, STEPS)
+            return time.perf_counter() - began, []
+        with self.session(plan) as session:
+            sample_actions(self.policy, self.scheduler, self.observations, generators, STEPS, session)
+        return time.perf_counter() - began, session.report.step_seconds
+
+    def success(self, plan: Plan | None) -> list[bool]:
+        """Of every episode."""
+        session = self.session(plan) if plan is not None else None
+        with torch.no_grad():
+            return run_episodes(Sampler(self.policy, self.scheduler, self.seeds, STEPS, session), self.seeds).success.tolist()
+
+    def variants(self, updates: Sequence[int]) -> list[Variant]:
+        """Full compute, BAC with and without its union, one schedule for all parts, and uniform reuse, calibrated on one scene."""
+        scenes, _ = scenes_of([CALIBRATION_SEED])
+        observation = observe(scenes, scenes.start, torch.zeros_like(scenes.start))
+
+        def loop(session: Session) -> None:
+            sample_actions(self.policy, self.scheduler, observation, [stream_of(CALIBRATION_SEED, 2)], STEPS, session)
+
+        found = [Variant("full compute", None)]
+        for count in updates:
+            for name, union in (("BAC", 5), ("BAC without union", 0)):
+                plan = calibrate(self.policy, loop, BAC(updates=count, union=union), num_inference_steps=STEPS, progress=False)
+                found.append(Variant(f"{name}, S={count}", plan))
+            shared = plan.actions[:, :1].repeat(len(plan.sites), 1)
+            found.append(Variant(f"one schedule for all parts, S={count}", Plan(shared, plan.sites, facts=dict(plan.facts))))
+            trace = next(iter(self.traces.values()), None)
+            interval = -(-STEPS // count)
+            if trace is not None:
+                found.append(Variant(f"uniform (EfficientVLA), every {interval}", FORA(interval).plan(trace, STEPS)))
+        return found
+
+
+def execute(episodes: int, rounds: int, updates: Sequence[int], note: Callable[[str, int], Callable[[], None]]) -> Results:
+    """Measures time in turns, then success."""
+    steady_memory()
+    results = Results("caching-policy", False, settings={"episodes": episodes, "rounds": rounds, "updates": list(updates)})
+    with torch.no_grad():
+        bench = Bench(episodes)
+        bench.call(None)
+        with Session(bench.policy, FORA(1), STEPS, traces=bench.traces) as session:
+            generators = [stream_of(seed, 2) for seed in range(BATCH)]
+            sample_actions(bench.policy, bench.scheduler, bench.observations, generators, STEPS, session)
+        chosen = bench.variants(updates)
+        tick = note("policy calls in turns", rounds * len(chosen))
+        seconds: dict[str, list[float]] = {v.name: [] for v in chosen}
+        idle: dict[str, list[float]] = {v.name: [] for v in chosen}
+        for r in range(rounds + 1):
+            for variant in chosen:
+                spent, steps = bench.call(variant.plan)
+                if r:  # the first round warms up
+                    seconds[variant.name].append(spent)
+                    if variant.plan is not None:
+                        resting = [k for k in range(STEPS) if (variant.plan.actions[k] != Action.COMPUTE).all()]
+                        idle[variant.name] += [steps[k] for k in resting]
+                    tick()
+        tick = note("episodes", len(chosen))
+        base: list[bool] = []
+        for variant in chosen:
+            right = bench.success(variant.plan)
+            base = base or right
+            change = paired_difference(base, right)
+            ratios = [a / b for a, b in zip(seconds["full compute"], seconds[variant.name], strict=True)]
+            low, high = wilson(sum(right), len(right))
+            full_step = statistics.median(seconds["full compute"]) / STEPS
+            computed = variant.plan.computed_fraction if variant.plan is not None else 1.0
+            results.rows.append({
+                "variant": variant.name,
+                "computed_fraction": computed,
+                "seconds": statistics.median(seconds[variant.name]),
+                "speedup": statistics.median(ratios),
+                "speedup_interval": median_interval(ratios),
+                "idle_share": statistics.median(idle[variant.name]) / full_step if idle[variant.name] else None,
+                "success": sum(right) / len(right),
+                "success_low": low,
+                "success_high": high,
+                "change": 100 * change.value,
+                "change_low": 100 * change.low,
+                "change_high": 100 * change.high,
+            })  # fmt: skip
+            tick()
+    results.bars = bars_of(results.rows)
+    return results
+
+
+def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    """The bars, from the rows."""
+    united = [row for row in rows if row["variant"].startswith("BAC, ")]
+    fast = [row for row in united if row["speedup"] >= SPEEDUP]
+    bars = []
+    if fast:
+        best = max(fast, key=lambda row: row["change"])
+        note = f"{best['variant']}, {best['speedup']:.2f}x; 95% interval {best['change_low']:+.1f} to {best['change_high']:+.1f}"
+        bars.append(Bar.at_least(f"change of success in points at {SPEEDUP}x or more", best["change"], -POINTS, note))
+    quickest = max(united, key=lambda row: row["speedup"])
+    bars.append(Bar.at_least("fastest setting of BAC", quickest["speedup"], SPEEDUP, quickest["variant"]))
+    holding = [row for row in united if row["change"] >= -POINTS]
+    if holding:
+        best = max(holding, key=lambda row: row["speedup"])
+        note = f"{best['variant']}, change {best['change']:+.1f} points"
+        bars.append(Bar.at_least("largest speed-up of BAC with success within a point", best["speedup"], SPEEDUP, note))
+    shares = [row["idle_share"] for row in united if row["idle_share"] is not None]
+    if shares:
+        bars.append(
+            Bar.at_most("a step that reuses everything over a full one, batch 32", min(shares), IDLE_SHARE, "median over such steps")
+        )
+    return bars
+
+
+def page(results: Results) -> str:
+    """The results as a Markdown page."""
+    s = results.settings
+    head = ["variant", "computed", "call s", "speed-up", "idle step", "success (95%)", "change in points (95%)"]
+    lines = [
+        [
+            row["variant"],
+            f"{100 * row['computed_fraction']:.1f}%",
+            f"{row['seconds']:.3f}",
+            f"{row['speedup']:.2f}x",
+            f"{100 * row['idle_share']:.1f}%" if row["idle_share"] is not None else "",
+            f"{100 * row['success']:.1f}% ({100 * row['success_low']:.1f} to {100 * row['success_high']:.1f})",
+            f"{row['change']:+.1f} ({row['change_low']:+.1f} to {row['change_high']:+.1f})",
+        ]
+        for row in results.rows
+    ]
+    return "\n\n".join([
+        "# Caching in a policy, measured",
+        "Written by `python -m hasten.benchmarks.policy`, never by hand.",
+        surroundings(results),
+        f"`reach`, {STEPS} DDPM steps, calls of {BATCH} observations timed in turns ({s['rounds']} rounds); success of {s['episodes']} "
+        "episodes, the same scenes and noise for all. Schedules are calibrated on one scene. An idle step reuses everything.",
+        table(head, lines),
+        "## Bars",
+        bars_table(results.bars),
+    ]) + "\n"  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m hasten.benchmarks.policy`."""
+    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.policy", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--episodes", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each variant (default: %(default)s)")
+    parser.add_argument("--updates", type=int, nargs="+", default=[5, 7, 10, 14, 20], help="of each part (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--docs", type=Path, metavar="FILE", default=PAGE, help="write the page there")
+    options = parser.parse_args(arguments)
+    check_target(options.json, "--json")
+    check_target(options.docs, "--docs")
+    with progress_bar() as bar:
+
+        def note(text: str, total: int) -> Callable[[], None]:
+            task = bar.add_task(text, total=total)
+            return lambda: bar.advance(task)
+
+        results = execute(options.episodes, options.rounds, options.updates, note)
+    if options.json is not None:
+        results.write_json(options.json)
+    if options.docs is not None:
+        write_text(options.docs, page(results))
+    print(bars_table(results.bars))
+    return 0 if results.all_hold else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
