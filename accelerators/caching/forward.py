@@ -124,6 +124,7 @@ class Collector:
 
     span: Span
     sums: dict[int, _Sum] = field(default_factory=dict)
+    taken: dict[int, Tensor] = field(default_factory=dict)
     broken: str | None = None
 
     def take(self, site: int, block: Block, given: Sequence[Given], out: Any, spare: Spare) -> None:
@@ -133,17 +134,20 @@ class Collector:
             if entry.before is None or entry.entered is None or not isinstance(after, Tensor) or after.shape != entry.before.shape:
                 self.broken = f"{block.path} was not called as it was when the model was traced"
                 return
+            if self.span.stop - self.span.start == 1:  # nothing to telescope: its offset is taken at once
+                self.taken[stream.index] = spare.subtract(after, entry.before)
+                continue
             total = self.sums.setdefault(stream.index, _Sum(spare))
             reason = total.extend(entry.before, entry.entered, entry.version, after)
             if reason is not None:
                 self.broken = f"no link: {reason}"
                 return
-        if site == self.span.stop - 1:
+        if self.sums and site == self.span.stop - 1:
             self.broken = self.close()
 
     def value(self) -> dict[int, Tensor]:
         """The offset of each stream, once closed."""
-        return {stream: total.total for stream, total in self.sums.items() if total.total is not None}
+        return self.taken or {stream: total.total for stream, total in self.sums.items() if total.total is not None}
 
     def close(self) -> str | None:
         """Takes the offsets of what is still open; the reason if they cannot be told."""
@@ -383,15 +387,17 @@ class Forward:
             raise Recompute("the model called other blocks than in the steps before")
         self.branch.called = self.called
         for collector in self.collectors:
-            if collector.broken is None and not collector.sums:
+            if collector.broken is None and not collector.sums and not collector.taken:
                 continue  # none of its blocks was called (skip-layer guidance)
             broken = collector.broken or collector.close()  # its last block may not have been called
             if broken is not None:
                 self.branch.refused[collector.span] = broken
                 continue
             value = collector.value()
-            self.branch.values[collector.span] = {stream: self.branch.pack(tensor) for stream, tensor in value.items()}
-            if any(kept is not value[stream] for stream, kept in self.branch.values[collector.span].items()):
+            if self.branch.pack is as_is:
+                self.branch.values[collector.span] = {**value}
+            else:
+                self.branch.values[collector.span] = {stream: self.branch.pack(tensor) for stream, tensor in value.items()}
                 self.branch.spare.give(value)
             self.branch.untested.add(collector.span)
             self.branch.refused.pop(collector.span, None)
