@@ -9,6 +9,8 @@ read off its own front of measured time and error, between settings and never be
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -51,13 +53,15 @@ from hasten.pipelines.zoo.shapes import sample_scenes, verify
 
 PAGE = results_page("caching-rivals")
 STEPS = 50
+CONVERGED_STEPS = 500
+"""Of the second reference: what the same solver ends in when its steps are no limit."""
 SPEEDUPS = (1.5, 2.0, 3.0)
 """At which the bars are read."""
 SHARE_OF_BEST_PEER = 0.7
 PREDICTION_FACTOR = 2.0
 CALIBRATION_SEED, HELD_OUT_SEED, ACCURACY_SEED = 20_260_201, 20_260_202, 20_260_203
 """Fixed before the first measurement."""
-PLANNER, FEWER, HAND = "planner", "fewer steps", "hand-made schedule"
+PLAIN, PLANNER, FEWER, HAND = "plain", "planner", "fewer steps", "hand-made schedule"
 
 
 def _ddim(config: Any) -> Any:
@@ -231,11 +235,28 @@ def relative_errors(reference: Tensor, other: Tensor) -> np.ndarray:
     return np.asarray((other - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1))
 
 
+def typical(errors: np.ndarray) -> float:
+    """Geometric mean."""
+    return float(np.exp(np.log(np.maximum(errors, 1e-9)).mean()))
+
+
+def _errors(reference: Tensor, other: Tensor, converged: Tensor) -> dict[str, float]:
+    errors, from_converged = relative_errors(reference, other), relative_errors(converged, other)
+    return {
+        "error": float(errors.mean()),
+        "error_typical": typical(errors),
+        "error_high": float(errors.max()),
+        "error_converged": float(from_converged.mean()),
+        "error_converged_typical": typical(from_converged),
+    }
+
+
 def measure(case: str, settings: Settings, tick: Callable[[], None]) -> tuple[list[dict[str, Any]], list[Bar]]:
     """All variants of one case in turns, each beside a plain run."""
     drawer = Drawer(case, captions(settings.captions, HELD_OUT_SEED), NOISE_SEED)
     plain = Variant("plain", f"{STEPS} steps")
     _, reference = drawer.run(plain)
+    _, converged = drawer.draw(drawer.pipe, CONVERGED_STEPS)
     chosen = variants(drawer, settings)
     seconds: dict[int, list[tuple[float, int]]] = {i: [] for i in range(len(chosen))}
     latents: dict[int, Tensor] = {}
@@ -257,23 +278,17 @@ def measure(case: str, settings: Settings, tick: Callable[[], None]) -> tuple[li
         tick()
     plains.append(drawer.run(plain)[0])
     rows: list[dict[str, Any]] = []
+    rows.append({"case": case, "family": PLAIN, "variant": plain.text, "speedup": 1.0, **_errors(reference, reference, converged)})
     for i, variant in enumerate(chosen):
         row: dict[str, Any] = {"case": case, "family": variant.family, "variant": variant.text}
         if i in failed:
             rows.append({**row, "failed": failed[i]})
             continue
-        errors = relative_errors(reference, latents[i])
-        rows.append({
-            **row,
-            "speedup": statistics.median((plains[at - 1] + plains[at]) / 2 / spent for spent, at in seconds[i]),
-            "error": float(errors.mean()),
-            "error_typical": float(np.exp(np.log(np.maximum(errors, 1e-9)).mean())),
-            "error_high": float(errors.max()),
-            "predicted": variant.predicted,
-        })  # fmt: skip
+        speedup = statistics.median((plains[at - 1] + plains[at]) / 2 / spent for spent, at in seconds[i])
+        rows.append({**row, "speedup": speedup, **_errors(reference, latents[i], converged), "predicted": variant.predicted})
     bars = bars_of(case, rows)
     if settings.accuracy:
-        bars += accuracy(case, chosen, rows, settings)
+        bars += accuracy(case, chosen, rows[1:], settings)
     return rows, bars
 
 
@@ -311,7 +326,7 @@ def points_of(rows: Sequence[Mapping[str, Any]], family: str, key: str = "error"
 def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
     """The planner's error against each rival's at every speed-up, and against its own prediction."""
     bars = []
-    families = [family for family in dict.fromkeys(row["family"] for row in rows) if family != PLANNER]
+    families = [family for family in dict.fromkeys(row["family"] for row in rows) if family not in (PLAIN, PLANNER)]
     others = {family for family in families if any(family.startswith(name) for name in peers.installed())}
     for key, kind in (("error", "mean"), ("error_typical", "typical")):
         for speedup in SPEEDUPS:
@@ -369,7 +384,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     across = min(2, len(cases))
     figure = Figure(figsize=(7 * across, 5 * -(-len(cases) // across)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(-(-len(cases) // across), across, squeeze=False)).ravel()
-    families = list(dict.fromkeys(row["family"] for row in rows if "speedup" in row))
+    families = list(dict.fromkeys(row["family"] for row in rows if "speedup" in row and row["family"] != PLAIN))
     from matplotlib import colormaps
 
     colours = {family: colormaps["tab20"](i % 20) for i, family in enumerate(families)}
@@ -407,24 +422,44 @@ def page(results: Results, picture: str | None) -> str:
         mine = [row for row in results.rows if row["case"] == case]
         head = ["method", *(f"error at {speedup:g}x" for speedup in SPEEDUPS), *(f"typical at {speedup:g}x" for speedup in SPEEDUPS)]
         cells = []
-        for family in dict.fromkeys(row["family"] for row in mine):
+        for family in dict.fromkeys(row["family"] for row in mine if row["family"] != PLAIN):
             values = [error_at(points_of(mine, family, key), speedup) for key in ("error", "error_typical") for speedup in SPEEDUPS]
             failed = next((row["failed"] for row in mine if row["family"] == family and "failed" in row), None)
             if failed is not None and not points_of(mine, family):
                 cells.append([family, f"fails: {failed}", *[""] * 5])
             else:
                 cells.append([family, *(f"{value:.4f}" if value is not None else "not reached" for value in values)])
-        lines += [f"## {case}", table(head, cells), "<details><summary>every setting</summary>", ""]
+        lines += [f"## {case}", table(head, cells), *_against_converged(mine), "<details><summary>every setting</summary>", ""]
         every = [
-            [row["family"], row["variant"], *([row["failed"], "", ""] if "failed" in row else _figures(row))]
+            [row["family"], row["variant"], *([row["failed"], "", "", ""] if "failed" in row else _figures(row))]
             for row in sorted(mine, key=lambda row: (row["family"], row.get("speedup", 0)))
         ]
-        lines += [table(["method", "setting", "speed-up", "error", "typical"], every), "</details>"]
+        lines += [table(["method", "setting", "speed-up", "error", "typical", "converged"], every), "</details>"]
     return "\n\n".join([*lines, "## Bars", bars_table(results.bars)]) + "\n"
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row['speedup']:.2f}x", f"{row['error']:.4f}", f"{row['error_typical']:.4f}"]
+    return [f"{row['speedup']:.2f}x", f"{row['error']:.4f}", f"{row['error_typical']:.4f}", f"{row['error_converged_typical']:.4f}"]
+
+
+def _against_converged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where what is saved is compared with what the solver would end in, not with what its steps ended in."""
+    plain = next(row["error_converged_typical"] for row in rows if row["family"] == PLAIN)
+    cells, winners = [], []
+    families = [family for family in dict.fromkeys(row["family"] for row in rows) if points_of(rows, family) and family != PLAIN]
+    found = {family: [error_at(points_of(rows, family, "error_converged_typical"), at) for at in SPEEDUPS] for family in families}
+    for i, at in enumerate(SPEEDUPS):
+        ranked = sorted((errors[i], family) for family, errors in found.items() if errors[i] is not None)
+        if ranked:
+            winners.append(f"{ranked[0][1]} at {at:g}x")
+    for family in (PLANNER, FEWER):
+        if family in found:
+            cells.append([family, *(f"{value:.4f}" if value is not None else "not reached" for value in found[family])])
+    text = (
+        f"Against {CONVERGED_STEPS} steps of the same solver from the same noise (typical error): plain itself {plain:.4f}. "
+        f"Least: {', '.join(winners)}."
+    )
+    return [text, table(["", *(f"{at:g}x" for at in SPEEDUPS)], cells)]
 
 
 def run(settings: Settings, json_path: Path | None = None, docs: Path | None = PAGE) -> int:
@@ -446,11 +481,38 @@ def run(settings: Settings, json_path: Path | None = None, docs: Path | None = P
             if json_path is not None:
                 results.write_json(json_path)  # what is done stays, whatever comes
     if docs is not None:
-        picture = docs.parent.parent / "pictures" / "caching-rivals.png"
-        plot(results.rows, picture)
-        write_text(docs, page(results, f"../pictures/{picture.name}"))
+        write_page(results, docs)
     print(bars_table(results.bars))
     return 0 if results.all_hold else 1
+
+
+def assemble(files: Sequence[Path], docs: Path) -> None:
+    """Writes the page and its picture from the JSON of cases that were run one by one.
+
+    Raises:
+        BenchError: A file is no result of this benchmark.
+    """
+    parts = []
+    for file in files:
+        try:
+            parts.append(json.loads(file.read_text()))
+        except (OSError, ValueError) as error:
+            raise BenchError(f"{file} cannot be read as results: {error}") from None
+        if parts[-1].get("name") != "caching-rivals":
+            raise BenchError(f"{file} holds no results of this benchmark")
+    results = Results("caching-rivals", False, settings=parts[0]["settings"])
+    results.machine, results.versions = parts[0]["machine"], parts[0]["versions"]
+    for part in parts:
+        results.rows += part["rows"]
+        results.bars += [Bar(**{**bar, "value": math.inf if bar["value"] is None else bar["value"]}) for bar in part["bars"]]
+    write_page(results, docs)
+
+
+def write_page(results: Results, docs: Path) -> None:
+    """The page, and the picture beside it."""
+    picture = docs.parent.parent / "pictures" / "caching-rivals.png"
+    plot(results.rows, picture)
+    write_text(docs, page(results, f"../pictures/{picture.name}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -462,8 +524,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accuracy", type=int, default=Settings.accuracy, help="captions for the verifier, 0: none (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there")
+    parser.add_argument("--assemble", type=Path, nargs="+", metavar="FILE", help="run nothing: the page from the JSON of single cases")
     options = parser.parse_args(arguments)
     try:
+        if options.assemble:
+            assemble(options.assemble, options.docs or PAGE)
+            return 0
         settings = Settings(cases=tuple(options.case or CASES), captions=options.captions, rounds=options.rounds, accuracy=options.accuracy)
     except BenchError as error:
         print(f"hasten bench rivals: {error}", file=sys.stderr)

@@ -34,6 +34,7 @@ def row(family: str, speedup: float, error: float, **more: Any) -> dict[str, Any
         "speedup": speedup,
         "error": error,
         "error_typical": error,
+        "error_converged_typical": error + 0.02,
         **more,
     }
 
@@ -87,14 +88,19 @@ def test_every_case_draws_and_decodes(case: str) -> None:
 
 
 def test_the_page_and_the_picture(tmp_path: Path) -> None:
-    rows = [row(f, s, s / 100) for f in (rivals.PLANNER, rivals.FEWER) for s in (1.5, 2.0, 3.5)]
+    rows = [row(f, s, s * e) for f, e in ((rivals.PLANNER, 0.01), (rivals.FEWER, 0.02)) for s in (1.5, 2.0, 3.5)]
     rows.append({"case": "c", "family": "broken 2.0", "variant": "broken(1)", "failed": "ValueError: no context"})
     results = Results("caching-rivals", False, settings={**vars(rivals.Settings()), "cases": ["c"]})
-    results.rows, results.bars = rows, rivals.bars_of("c", rows)
-    text = rivals.page(results, "../pictures/x.png")
+    results.rows, results.bars = [row(rivals.PLAIN, 1.0, 0.0), *rows], rivals.bars_of("c", rows)
+    results.write_json(tmp_path / "one.json")
+    docs = tmp_path / "docs" / "results" / "page.md"
+    assert rivals.main(["--assemble", str(tmp_path / "one.json"), "--docs", str(docs)]) == 0
+    text = docs.read_text()
     assert "fails: ValueError: no context" in text and "![" in text and "0.0200" in text
-    rivals.plot(rows, tmp_path / "deep" / "x.png")
-    assert (tmp_path / "deep" / "x.png").stat().st_size > 10_000
+    assert "plain itself 0.0200. Least: planner at 1.5x" in text
+    assert (tmp_path / "docs" / "pictures" / "caching-rivals.png").stat().st_size > 10_000
+    (tmp_path / "no.json").write_text("{}")
+    assert rivals.main(["--assemble", str(tmp_path / "no.json")]) == 2
 
 
 def test_bars_of_the_policy() -> None:
