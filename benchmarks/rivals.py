@@ -103,7 +103,8 @@ class Settings:
 
     Attributes:
         cases: Of `CASES`.
-        captions: Held-out captions, drawn in one call by each variant in each round.
+        captions: Held-out captions, drawn in one timed call by each variant in each round.
+        more: Further batches of as many captions, not timed, for the settings that are on their family's front.
         rounds: Times that every variant is timed.
         between: Variants between two plain runs; a variant is compared with the mean of the two around it.
         calibration: Captions that calibrated methods are calibrated on.
@@ -112,18 +113,19 @@ class Settings:
     """
 
     cases: tuple[str, ...] = tuple(CASES)
-    captions: int = 12
+    captions: int = 8
+    more: int = 5
     rounds: int = 1
-    between: int = 4
-    calibration: int = 8
+    between: int = 5
+    calibration: int = 16
     accuracy: int = 256
-    counts: tuple[int, ...] = (36, 30, 26, 23, 19, 15, 12, 9)
+    counts: tuple[int, ...] = (37, 31, 26, 23, 19, 16, 14, 11)
 
     def __post_init__(self) -> None:
         if not self.cases or not set(self.cases) <= set(CASES):
             raise BenchError(f"cases must be of {', '.join(CASES)}, not {self.cases}")
-        if self.captions < 2 or self.rounds < 1 or self.calibration < 2:
-            raise BenchError("captions and calibration must be at least 2, rounds at least 1")
+        if self.captions < 2 or self.rounds < 1 or self.calibration < 2 or self.more < 0:
+            raise BenchError("captions and calibration must be at least 2, rounds at least 1, more at least 0")
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,12 @@ class Variant:
 
 
 class Drawer:
-    """A pipeline with a solver, drawing fixed captions on fixed noise to the final latents."""
+    """A pipeline with a solver, drawing fixed captions on fixed noise to the final latents, a batch in a call."""
 
-    def __init__(self, case: str, captions: Sequence[str], seed: int) -> None:
+    def __init__(self, case: str, captions: Sequence[str], seed: int, batch: int | None = None) -> None:
         model, scheduler, self.order = CASES[case]
         self.case, self.model, self.captions = case, model, list(captions)
+        self.batch = batch or len(self.captions)
         self.pipe: Any = load(model)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.scheduler = scheduler(self.pipe.scheduler.config)
@@ -155,35 +158,38 @@ class Drawer:
         self.trace: Trace = trace(self.pipe, **self.arguments(2))
         self._wrappers: dict[int, AcceleratedPipeline] = {}
 
-    def arguments(self, steps: int) -> dict[str, Any]:
+    def arguments(self, steps: int, part: int = 0) -> dict[str, Any]:
+        at = slice(part * self.batch, (part + 1) * self.batch)
         return {
-            **self.call, "prompt": self.captions, "latents": self.noise, "num_inference_steps": steps, "output_type": "latent",
+            **self.call, "prompt": self.captions[at], "latents": self.noise[at], "num_inference_steps": steps, "output_type": "latent",
             "return_dict": False,
         }  # fmt: skip
 
-    def draw(self, target: Any, steps: int) -> tuple[float, Tensor]:
-        """Seconds of the sampling loop, and the final latents."""
-        clock = LoopClock()
-        with hooked(self.pipe.scheduler, clock), torch.no_grad():
-            out = target(**self.arguments(steps))[0]
-        return clock.timing(0.0).seconds, torch.as_tensor(out).float()
+    def draw(self, target: Any, steps: int, parts: Sequence[int] = (0,)) -> tuple[float, Tensor]:
+        """Seconds of the sampling loop of the last batch, and the final latents of all."""
+        made = []
+        for part in parts:
+            clock = LoopClock()
+            with hooked(self.pipe.scheduler, clock), torch.no_grad():
+                made.append(torch.as_tensor(target(**self.arguments(steps, part))[0]).float())
+        return clock.timing(0.0).seconds, torch.cat(made)
 
-    def run(self, variant: Variant) -> tuple[float, Tensor]:
+    def run(self, variant: Variant, parts: Sequence[int] = (0,)) -> tuple[float, Tensor]:
         """As `draw`, under a variant.
 
         Raises:
             Exception: A peer's own error.
         """
         if variant.method is None:
-            return self.draw(self.pipe, variant.steps)
+            return self.draw(self.pipe, variant.steps, parts)
         if isinstance(variant.method, peers.Peer):
             with variant.method.on(self.pipe, steps=STEPS, calibration=lambda pipe: self.draw(pipe, STEPS)) as pipe:
-                return self.draw(pipe, STEPS)
+                return self.draw(pipe, STEPS, parts)
         key = id(variant.method)
         if key not in self._wrappers:
             self._wrappers[key] = accelerate(self.pipe, variant.method)
             self._wrappers[key].traces["transformer"] = self.trace
-        return self.draw(self._wrappers[key], STEPS)
+        return self.draw(self._wrappers[key], STEPS, parts)
 
     def pictures(self, latents: Tensor) -> Tensor:
         """uint8 [N, 3, 64, 64]."""
@@ -207,7 +213,7 @@ def variants(drawer: Drawer, settings: Settings) -> list[Variant]:
     """All that is compared."""
     known = captions(settings.calibration, CALIBRATION_SEED)
     call = {**drawer.call, "num_inference_steps": STEPS}
-    plans = front(drawer.pipe, known, settings.counts, batch=settings.calibration, seed=NOISE_SEED, **call)
+    plans = front(drawer.pipe, known, settings.counts, batch=drawer.batch, seed=NOISE_SEED, **call)
     found = [Variant(PLANNER, plan.facts["method"], plan, predicted=predicted) for plan, predicted in plans.values()]
     found += [Variant(FEWER, f"{steps} steps", steps=steps) for steps in (40, 33, 29, 25, 22, 19, 16, 14, 12, 10)]
     found += [
@@ -215,12 +221,13 @@ def variants(drawer: Drawer, settings: Settings) -> list[Variant]:
         for dense, interval, order in ((24, 2, 1), (18, 2, 1), (12, 3, 1), (12, 3, 2), (8, 3, 1), (10, 4, 1), (6, 4, 1), (4, 5, 1))
         for plan in [hand_made(drawer.trace, STEPS, dense, interval, order)]
     ]
-    found += [Variant("Delta-DiT", str(m), m) for n in (2, 3, 4) for c in (0.5, 0.75, 1.0) for m in [DeltaDiT(interval=n, cached=c)]]
-    found += [Variant("forecast", str(m), m) for n in (2, 3, 4, 6) for o in (1, 2) for m in [Forecast(interval=n, order=o)]]
-    found += [Variant("first-block", str(m), m) for t in (0.02, 0.05, 0.08, 0.12, 0.2, 0.3) for m in [FirstBlock(threshold=t, warmup=4)]]
-    tea = calibrate(drawer.pipe, known, TeaCache(), batch=settings.calibration, progress=False, **call)
-    found += [Variant("TeaCache", str(m), m) for t in (0.05, 0.1, 0.2, 0.3, 0.5, 0.8) for m in [replace(tea, threshold=t)]]
-    for threshold, skip, retention in ((0.03, 2, 0.2), (0.06, 3, 0.2), (0.12, 3, 0.2), (0.24, 5, 0.1), (0.5, 8, 0.1), (1.0, 12, 0.1)):
+    delta = [DeltaDiT(interval=n, cached=c) for n, c in ((2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0))]
+    found += [Variant("Delta-DiT", str(m), m) for m in delta]
+    found += [Variant("forecast", str(m), m) for n in (2, 3, 4) for o in (1, 2) for m in [Forecast(interval=n, order=o)]]
+    found += [Variant("first-block", str(m), m) for t in (0.03, 0.05, 0.08, 0.12, 0.2, 0.3) for m in [FirstBlock(threshold=t, warmup=4)]]
+    tea = calibrate(drawer.pipe, known, TeaCache(), batch=drawer.batch, progress=False, **call)
+    found += [Variant("TeaCache", str(m), m) for t in (0.07, 0.1, 0.15, 0.2, 0.25, 0.3) for m in [replace(tea, threshold=t)]]
+    for threshold, skip, retention in ((0.02, 1, 0.3), (0.03, 2, 0.2), (0.06, 3, 0.2), (0.12, 3, 0.2), (0.24, 4, 0.1), (0.3, 5, 0.1)):
         plan = calibrate(drawer.pipe, known[:1], MagCache(threshold, skip, retention), progress=False, **call)
         found.append(Variant("MagCache", str(plan.facts["method"]), plan))
     there = peers.installed()
@@ -240,9 +247,10 @@ def typical(errors: np.ndarray) -> float:
     return float(np.exp(np.log(np.maximum(errors, 1e-9)).mean()))
 
 
-def _errors(reference: Tensor, other: Tensor, converged: Tensor) -> dict[str, float]:
+def _errors(reference: Tensor, other: Tensor, converged: Tensor) -> dict[str, Any]:
     errors, from_converged = relative_errors(reference, other), relative_errors(converged, other)
     return {
+        "errors": [float(error) for error in errors],
         "error": float(errors.mean()),
         "error_typical": typical(errors),
         "error_high": float(errors.max()),
@@ -253,10 +261,11 @@ def _errors(reference: Tensor, other: Tensor, converged: Tensor) -> dict[str, fl
 
 def measure(case: str, settings: Settings, tick: Callable[[], None]) -> tuple[list[dict[str, Any]], list[Bar]]:
     """All variants of one case in turns, each beside a plain run."""
-    drawer = Drawer(case, captions(settings.captions, HELD_OUT_SEED), NOISE_SEED)
+    parts = range(settings.more + 1)
+    drawer = Drawer(case, captions(settings.captions * len(parts), HELD_OUT_SEED), NOISE_SEED, settings.captions)
     plain = Variant("plain", f"{STEPS} steps")
-    _, reference = drawer.run(plain)
-    _, converged = drawer.draw(drawer.pipe, CONVERGED_STEPS)
+    _, reference = drawer.run(plain, parts)
+    _, converged = drawer.draw(drawer.pipe, CONVERGED_STEPS, parts)
     chosen = variants(drawer, settings)
     seconds: dict[int, list[tuple[float, int]]] = {i: [] for i in range(len(chosen))}
     latents: dict[int, Tensor] = {}
@@ -277,15 +286,21 @@ def measure(case: str, settings: Settings, tick: Callable[[], None]) -> tuple[li
             plains.append(drawer.run(plain)[0])
         tick()
     plains.append(drawer.run(plain)[0])
-    rows: list[dict[str, Any]] = []
-    rows.append({"case": case, "family": PLAIN, "variant": plain.text, "speedup": 1.0, **_errors(reference, reference, converged)})
-    for i, variant in enumerate(chosen):
-        row: dict[str, Any] = {"case": case, "family": variant.family, "variant": variant.text}
+
+    def row(i: int) -> dict[str, Any]:
+        head = {"case": case, "family": chosen[i].family, "variant": chosen[i].text}
         if i in failed:
-            rows.append({**row, "failed": failed[i]})
-            continue
+            return {**head, "failed": failed[i]}
         speedup = statistics.median((plains[at - 1] + plains[at]) / 2 / spent for spent, at in seconds[i])
-        rows.append({**row, "speedup": speedup, **_errors(reference, latents[i], converged), "predicted": variant.predicted})
+        so_far = slice(len(latents[i]))
+        found = _errors(reference[so_far], latents[i], converged[so_far])
+        return {**head, "speedup": speedup, **found, "predicted": chosen[i].predicted}
+
+    for i in contenders([row(i) for i in range(len(chosen))]):
+        latents[i] = torch.cat([latents[i], drawer.run(chosen[i], parts[1:])[1]]) if settings.more else latents[i]
+        tick()
+    first = {"case": case, "family": PLAIN, "variant": plain.text, "speedup": 1.0, **_errors(reference, reference, converged)}
+    rows = [first, *(row(i) for i in range(len(chosen)))]
     bars = bars_of(case, rows)
     if settings.accuracy:
         bars += accuracy(case, chosen, rows[1:], settings)
@@ -304,6 +319,22 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best[::-1]
 
 
+def contenders(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The planner's settings, and of every other family those on its front that speed-ups are read from."""
+    found = set()
+    for family in {row["family"] for row in rows}:
+        of = [i for i, row in enumerate(rows) if row["family"] == family and "speedup" in row]
+        for key in ("error", "error_typical"):
+            front = set(pareto([(rows[i]["speedup"], rows[i][key]) for i in of]))
+            beyond = min((rows[i]["speedup"] for i in of if rows[i]["speedup"] >= SPEEDUPS[-1]), default=np.inf)
+            found |= {
+                i
+                for i in of
+                if family == PLANNER or ((rows[i]["speedup"], rows[i][key]) in front and 1.2 <= rows[i]["speedup"] <= max(beyond, 3.5))
+            }
+    return sorted(found)
+
+
 def error_at(points: Sequence[tuple[float, float]], speedup: float) -> float | None:
     """Error at a speed-up on the front: straight between its settings in log error, None beyond them.
 
@@ -319,8 +350,35 @@ def error_at(points: Sequence[tuple[float, float]], speedup: float) -> float | N
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], family: str, key: str = "error") -> list[tuple[float, float]]:
-    """Measured (speed-up, error) of a family's settings."""
-    return [(row["speedup"], row[key]) for row in rows if row["family"] == family and "speedup" in row]
+    """Measured (speed-up, error) of a family's settings, as far as they were drawn on all captions."""
+    most = max((len(row.get("errors", ())) for row in rows), default=0)
+    mine = [row for row in rows if row["family"] == family and "speedup" in row]
+    return [(row["speedup"], row[key]) for row in mine if len(row.get("errors", ())) == most]
+
+
+def ratio_interval(
+    rows: Sequence[Mapping[str, Any]], rival: str, speedup: float, kind: str, draws: int = 400
+) -> tuple[float, float] | None:
+    """95% interval of the planner's error over a rival's, from captions drawn with replacement; None where too few can be read."""
+    most = max((len(row.get("errors", ())) for row in rows), default=0)
+    known = [row for row in rows if row["family"] in (PLANNER, rival) and "speedup" in row and len(row.get("errors", ())) == most]
+    if not known or most < 2:
+        return None
+    table = np.array([row["errors"] for row in known])
+    table = np.log(np.maximum(table, 1e-9)) if kind == "typical" else table
+    random, found = np.random.default_rng(0), []
+    for _ in range(draws):
+        means = table[:, random.integers(0, most, most)].mean(1)
+        means = np.exp(means) if kind == "typical" else means
+        ends = [
+            error_at([(row["speedup"], float(m)) for row, m in zip(known, means, strict=True) if row["family"] == family], speedup)
+            for family in (PLANNER, rival)
+        ]
+        if ends[0] is not None and ends[1]:
+            found.append(ends[0] / ends[1])
+    if len(found) < draws // 2:
+        return None
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 
 
 def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
@@ -347,6 +405,9 @@ def bars_of(case: str, rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
                     best = min(group, key=lambda family: group[family])
                     limit = SHARE_OF_BEST_PEER if "half" in title else 1.0
                     note = f"planner {mine:.4f}, {best} {group[best]:.4f}"
+                    interval = ratio_interval(rows, best, speedup, kind)
+                    if interval is not None:
+                        note += f"; 95% interval of the ratio over captions {interval[0]:.2f} to {interval[1]:.2f}"
                     bars.append(Bar.at_most(f"{head} {title}", mine / group[best], limit, note))
     factors = [max(a / b, b / a) for row in rows if (a := row.get("predicted")) and (b := row.get("error_typical"))]
     if factors:
@@ -411,8 +472,9 @@ def page(results: Results, picture: str | None) -> str:
         "# The planner against its rivals, measured",
         "Written by `python -m hasten.benchmarks.rivals`, never by hand.",
         surroundings(results),
-        f"{s['captions']} held-out captions, {STEPS} steps, the same noise for all; variants take turns, with a plain run after every "
-        f"{s['between']} of them ({s['rounds']} rounds). Calibrated methods saw {s['calibration']} other captions.",
+        f"{STEPS} steps, the same noise for all. Times: {s['captions']} held-out captions in one call; variants take turns, with a plain "
+        f"run after every {s['between']} of them ({s['rounds']} rounds). Errors: {s['captions'] * (s['more'] + 1)} captions for the "
+        f"settings that speed-ups are read from, {s['captions']} for the others. Calibrated methods saw {s['calibration']} other captions.",
         "Error: mean over captions of |latents - plain| / |plain| with the same solver. A caption that ends in another picture altogether "
         "has an error near 1 and decides a mean; the typical error is the geometric mean.",
     ]  # fmt: skip
@@ -508,6 +570,17 @@ def assemble(files: Sequence[Path], docs: Path) -> None:
     write_page(results, docs)
 
 
+def _where(docs: Path | None) -> Path:
+    """The page's place.
+
+    Raises:
+        BenchError: This is no source checkout, so there is none unless it is named.
+    """
+    if docs is None and PAGE is None:
+        raise BenchError("--docs must name a file: there is no docs folder beside an installed package")
+    return docs if docs is not None else PAGE  # type: ignore[return-value]
+
+
 def write_page(results: Results, docs: Path) -> None:
     """The page, and the picture beside it."""
     picture = docs.parent.parent / "pictures" / "caching-rivals.png"
@@ -520,7 +593,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.rivals", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one (may be repeated); writes no page by itself")
     parser.add_argument("--captions", type=int, default=Settings.captions, help="held-out captions (default: %(default)s)")
+    parser.add_argument("--more", type=int, default=Settings.more, help="further batches of captions, not timed (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="timings of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--calibration", type=int, default=Settings.calibration, help="captions that methods are calibrated on (default: %(default)s)"
+    )
     parser.add_argument("--accuracy", type=int, default=Settings.accuracy, help="captions for the verifier, 0: none (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there")
@@ -528,9 +605,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.assemble:
-            assemble(options.assemble, options.docs or PAGE)
+            assemble(options.assemble, _where(options.docs))
             return 0
-        settings = Settings(cases=tuple(options.case or CASES), captions=options.captions, rounds=options.rounds, accuracy=options.accuracy)
+        settings = Settings(
+            tuple(options.case or CASES), options.captions, options.more, options.rounds, calibration=options.calibration,
+            accuracy=options.accuracy,
+        )  # fmt: skip
     except BenchError as error:
         print(f"hasten bench rivals: {error}", file=sys.stderr)
         return 2
