@@ -25,8 +25,8 @@ class SchedulerListener(Protocol):
     def scaled(self, scheduler: Any, timestep: Any) -> None:
         """`scale_model_input` has returned: the denoiser is about to be called at `timestep`. Not every scheduler has it."""
 
-    def stepped(self, scheduler: Any, sample: Any) -> None:
-        """`step` has returned; `sample` is the latents it was given."""
+    def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
+        """`step` has returned; `model_output` and `sample`, the latents, are what it was given."""
 
 
 class _Hook:
@@ -39,7 +39,10 @@ class _Hook:
 
     def subclass(self) -> type:
         members: dict[str, Any] = {"__module__": self.base.__module__, "__qualname__": self.base.__qualname__, "_hasten_hook": self}
-        members["step"] = self._reporting("step", lambda listener, call: listener.stepped(self.scheduler, _argument(call, 2, "sample")))
+        members["step"] = self._reporting(
+            "step",
+            lambda listener, call: listener.stepped(self.scheduler, _argument(call, 0, "model_output"), _argument(call, 2, "sample")),
+        )
         members["set_timesteps"] = self._reporting("set_timesteps", lambda listener, call: listener.timesteps_set(self.scheduler))
         if hasattr(self.base, "scale_model_input"):
             members["scale_model_input"] = self._reporting(

@@ -34,7 +34,9 @@ from hasten.app.options import (
     PresetOption,
     SeedOption,
     SizeOption,
+    SkipOption,
     StepsOption,
+    ThresholdOption,
     parse_size,
 )
 
@@ -126,6 +128,8 @@ def generate(
     model: ModelOption = "shapes",
     method: MethodOption = None,
     interval: IntervalOption = None,
+    threshold: ThresholdOption = None,
+    skip_guidance: SkipOption = None,
     cached: CachedOption = None,
     boundary: BoundaryOption = None,
     preset: PresetOption = None,
@@ -159,6 +163,7 @@ def generate(
     hasten generate "a small red circle" "a blue square above a red cross"
     hasten generate "a small red circle" --compare
     hasten generate --captions captions.txt --interval 3 --cached 0.5
+    hasten generate "a small red circle" --method forecast --skip-guidance 5
     hasten generate "a cat" -m PixArt-alpha/PixArt-XL-2-512x512 --steps 20
     hasten generate "a small red circle" --save-plan plan.safetensors
     hasten generate "a large green cross" --plan plan.safetensors
@@ -170,7 +175,8 @@ def generate(
 
     wanted = work.gather_captions(captions or [], captions_file)
     options = Options(
-        model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device
+        model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device,
+        threshold, skip_guidance,
     )  # fmt: skip
     _finish((work.compare if compare else work.generate)(options, wanted, out, save_plan), json)
 
@@ -184,6 +190,8 @@ def verify(
     ] = None,
     method: MethodOption = None,
     interval: IntervalOption = None,
+    threshold: ThresholdOption = None,
+    skip_guidance: SkipOption = None,
     cached: CachedOption = None,
     boundary: BoundaryOption = None,
     preset: PresetOption = None,
@@ -227,7 +235,8 @@ def verify(
     check_number("--rounds", rounds, 1, whole=True)
     wanted = gather_captions([], prompts, "--prompts")[:limit]
     options = Options(
-        model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device
+        model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device,
+        threshold, skip_guidance,
     )  # fmt: skip
     _finish(work(options, wanted, html, rounds), json)
 
@@ -260,6 +269,8 @@ def explain(
     caption: CaptionOption = SAMPLE_CAPTION,
     method: MethodOption = None,
     interval: IntervalOption = None,
+    threshold: ThresholdOption = None,
+    skip_guidance: SkipOption = None,
     cached: CachedOption = None,
     boundary: BoundaryOption = None,
     preset: PresetOption = None,
@@ -283,7 +294,8 @@ def explain(
     from hasten.app.setup import Options
 
     options = Options(
-        model, method, interval, cached, boundary, preset, plan, steps, guidance, size=parse_size(size), dtype=dtype, device=device
+        model, method, interval, cached, boundary, preset, plan, steps, guidance, size=parse_size(size), dtype=dtype, device=device,
+        threshold=threshold, skip_guidance=skip_guidance,
     )  # fmt: skip
     _finish(work(options, caption), json)
 

@@ -102,7 +102,7 @@ class StepBar:
     def scaled(self, scheduler: Any, timestep: Any) -> None:
         """Nothing to show."""
 
-    def stepped(self, scheduler: Any, sample: Any) -> None:
+    def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
         """One step further."""
         self._progress.advance(self._task, 1 / self._steps)
 

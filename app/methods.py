@@ -22,6 +22,8 @@ def choose_method(
     name: str | None,
     *,
     interval: int | None = None,
+    threshold: float | None = None,
+    skip_guidance: int | None = None,
     cached: str | None = None,
     boundary: str | None = None,
     preset: str | None = None,
@@ -33,6 +35,8 @@ def choose_method(
     Args:
         name: One of `METHODS`, or None where the option was not given.
         interval: Of the methods in `INTERVALS`.
+        threshold: Of the methods in `DECIDERS`.
+        skip_guidance: Interval at which both guidance branches are computed, beside what the method does.
         cached, boundary: Of Delta-DiT; they change the preset's values where one is named.
         preset: One of Delta-DiT's published settings.
         plan: A plan file, in place of a method.
@@ -42,7 +46,20 @@ def choose_method(
         BadInput: Options contradict each other, or a value is not allowed.
         PlanError: The file is no plan.
     """
-    given_options = (("--interval", interval), ("--cached", cached), ("--boundary", boundary), ("--preset", preset))
+    if skip_guidance is not None:
+        from hasten.accelerators.caching.compose import Composed
+        from hasten.accelerators.caching.skip_guidance import SkipGuidance
+
+        if skip_guidance < 2:
+            raise BadInput(f"--skip-guidance must be a whole number of at least 2, not {skip_guidance}")
+        beside = choose_method(
+            name, interval=interval, threshold=threshold, cached=cached, boundary=boundary, preset=preset, plan=plan, default=default
+        )
+        skips = SkipGuidance(interval=skip_guidance)
+        return skips if beside is None else Composed((beside, skips))
+    given_options = (
+        ("--interval", interval), ("--threshold", threshold), ("--cached", cached), ("--boundary", boundary), ("--preset", preset),
+    )  # fmt: skip
     own = [option for option, value in given_options if value is not None]
     if plan is not None:
         if name is not None or own:
@@ -53,17 +70,21 @@ def choose_method(
 
         return Plan.load(plan)
     if name is None:
-        name = "delta-dit" if own else default
+        name = "first-block" if own == ["--threshold"] else "delta-dit" if own else default
     if name not in METHODS:
         raise BadInput(f"--method must be one of {', '.join(METHODS)}, not {name!r}")
-    if name != "delta-dit" and (beside := [option for option in own if option != "--interval" or name not in INTERVALS]):
-        raise BadInput(f"--method must be delta-dit where {' and '.join(beside)} is given, not {name}")
+    if threshold is not None and name not in DECIDERS:
+        raise BadInput(f"--method must be {' or '.join(DECIDERS)} where --threshold is given, not {name}")
+    known = {"--interval": INTERVALS, "--threshold": DECIDERS}
+    if name != "delta-dit" and (misfits := [option for option in own if name not in known.get(option, {})]):
+        raise BadInput(f"--method must be delta-dit where {' and '.join(misfits)} is given, not {name}")
     if name in DECIDERS or (name in INTERVALS and name != "delta-dit"):
         import hasten
 
         kind = getattr(hasten, {**INTERVALS, **DECIDERS}[name])
+        given_values = {"interval": interval, "threshold": threshold}
         try:
-            return kind(interval=interval) if interval is not None else kind()
+            return kind(**{option: value for option, value in given_values.items() if value is not None})
         except ValueError as error:
             raise BadInput(f"--{error}") from None
     if name == "none":

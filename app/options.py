@@ -38,6 +38,24 @@ MethodOption = Annotated[
 IntervalOption = Annotated[
     int | None, typer.Option("--interval", metavar="N", help="Every N-th step computes everything.", rich_help_panel=CACHING)
 ]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        metavar="X",
+        help="Of first-block and teacache: the change below which a step is reused.",
+        rich_help_panel=CACHING,
+    ),
+]
+SkipOption = Annotated[
+    int | None,
+    typer.Option(
+        "--skip-guidance",
+        metavar="N",
+        help="Beside any method: after the first third of the steps, both guidance branches only on every N-th step.",
+        rich_help_panel=CACHING,
+    ),
+]
 CachedOption = Annotated[
     str | None,
     typer.Option(

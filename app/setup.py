@@ -42,6 +42,8 @@ class Options:
     batch: int | None = None
     dtype: str = "auto"
     device: str = "auto"
+    threshold: float | None = None
+    skip_guidance: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def check(options: Options) -> Checked:
     method = choose_method(
         options.method,
         interval=options.interval,
+        threshold=options.threshold,
+        skip_guidance=options.skip_guidance,
         cached=options.cached,
         boundary=options.boundary,
         preset=options.preset,

@@ -63,6 +63,7 @@ VARIANTS = (
     Variant(f"DeepCache, every {INTERVAL}", DeepCache(interval=INTERVAL)),
     Variant("schedule and cache correction, no quantisation", CacheQuant(INTERVAL, weights=None)),
     Variant("W8A8 alone", CacheQuant(1, cache_correction=False, output_correction=False)),
+    Variant("W8A8 alone, without smoothing", CacheQuant(1, cache_correction=False, output_correction=False, smoothing=0)),
     Variant(
         "naive: even interval, W8A8", CacheQuant(INTERVAL, schedule="uniform", cache_correction=False, output_correction=False), ablation=0
     ),

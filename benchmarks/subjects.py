@@ -134,7 +134,7 @@ class LoopClock:
     def scaled(self, scheduler: Any, timestep: Any) -> None:
         pass
 
-    def stepped(self, scheduler: Any, sample: Any) -> None:
+    def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
         self.ended, self.processor_ended = time.perf_counter(), time.process_time()
 
     def timing(self, call_seconds: float) -> Timing:

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.auto import Auto
+from hasten.accelerators.caching.compose import Composed
 from hasten.accelerators.caching.parts import part_program
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
@@ -109,9 +110,10 @@ class _Clock:
     def scaled(self, scheduler: Any, timestep: Any) -> None:
         self._scaled = timestep
 
-    def stepped(self, scheduler: Any, sample: Any) -> None:
+    def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
         for session in self.sessions:
             self._learn_guidance(session, sample)
+            session.guided(model_output)
         self._calls += 1
         self._tell()
 
@@ -343,7 +345,7 @@ class AcceleratedPipeline:
 
 def accelerate(
     pipe: Any,
-    method: Method | Plan | None = None,
+    method: Method | Plan | Sequence[Method | Plan] | None = None,
     *,
     denoiser: str | None = None,
     state_budget: int | str | None = None,
@@ -357,7 +359,8 @@ def accelerate(
     Args:
         pipe: Any diffusers pipeline; it stays as it was.
         method: For example `hasten.DeltaDiT(interval=2)`, or a `Plan`. None chooses a conservative rule from the trace and the
-            number of steps, and prints what it expects to save.
+            number of steps, and prints what it expects to save. Several at once as a list, where each decides something else:
+            `[hasten.Forecast(interval=3), hasten.SkipGuidance()]`.
         denoiser: Name of the network to cache where the default ("transformer", "unet", "transformer_2") is not meant.
         state_budget: Most bytes of stored offsets, such as "2GiB"; a plan that needs more is refused.
         nan_check: "auto" (at once on CPU, on CUDA at the end of the run), "sync", or "off".
@@ -370,15 +373,19 @@ def accelerate(
     """
     if isinstance(pipe, AcceleratedPipeline):
         raise ValueError("this pipeline is accelerated already; accelerate(fast.pipe, ...) makes a second wrapper")
-    if method is not None and not hasattr(method, "plan") and not isinstance(method, Plan):
-        raise ValueError(f"method must be a caching method such as hasten.DeltaDiT(), or a Plan, not {type(method).__name__}")
+    if isinstance(method, list | tuple):
+        chosen: Method | Plan | None = method[0] if len(method) == 1 else Composed(tuple(method))
+    else:
+        chosen = method  # type: ignore[assignment]
+    if chosen is not None and not hasattr(chosen, "plan") and not isinstance(chosen, Plan):
+        raise ValueError(f"method must be a caching method such as hasten.DeltaDiT(), or a Plan, not {type(chosen).__name__}")
     names = tuple(denoisers_of(pipe, denoiser))
     packer(state)  # refuses what it does not know
     if nan_check not in ("auto", "sync", "off"):
         raise ValueError(f"nan_check must be 'auto', 'sync' or 'off', not {nan_check!r}")
     return AcceleratedPipeline(
         pipe,
-        method if method is not None else Auto(),
+        chosen if chosen is not None else Auto(),
         names,
         state_budget=parse_bytes(state_budget),
         nan_check=nan_check,
@@ -487,6 +494,7 @@ def explain(pipe: Any, method: Method | Plan | None = None, *args: Any, denoiser
     found = trace_module(getattr(pipe, name), call_args, call_kwargs)
     plan = plan_for(method if method is not None else Auto(), found, steps)
     reasons = [f"{block.path}: {block.reason}" for block in found.blocks if block.reason is not None]
+    plan, whole = plan.blocks, plan
     kind = found.kind_of(plan.sites)
     if kind == "blocks":
         rows, broken = compiled(found, plan, 0)
@@ -498,9 +506,9 @@ def explain(pipe: Any, method: Method | Plan | None = None, *args: Any, denoiser
         reasons += part_program(found, plan.sites, plan.actions[:, :, 0])[1]
     else:
         size = 0  # told by the run: a UNet's blocks return their features only when they are called
-    if plan.computed_fraction == 1:
+    if whole.computed_fraction == 1:
         reasons.append(f"nothing is reused in {steps} steps ({plan.facts.get('method', 'plan')})")
-    return Explanation(found, plan, tuple(reasons), size)
+    return Explanation(found, whole, tuple(reasons), size)
 
 
 __all__ = [

@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hasten.accelerators.caching.calibrate import SKETCH_BYTES, SiteSketches, SiteTable, Sketches, Tables
 from hasten.accelerators.caching.deciders import Decider, Memory, relative_l1
 from hasten.accelerators.caching.plan import Action, Plan
-from hasten.accelerators.caching.runtime import Session, compute_all
+from hasten.accelerators.caching.runtime import Session, TraceKey, compute_all
 from hasten.accelerators.caching.segments import Span
 from hasten.accelerators.caching.trace import Trace, format_bytes, weight_facts
 from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, denoisers_of, parse_bytes, trace
@@ -53,11 +53,82 @@ class Runs:
         return torch.cat(made), fast
 
     @property
+    def module(self) -> nn.Module:
+        """The network that is measured."""
+        found = getattr(self.pipe, self.denoiser)
+        assert isinstance(found, nn.Module)
+        return found
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Of the calls; None without guidance."""
+        names = inspect.signature(self.pipe.__call__).parameters
+        default = names["guidance_scale"].default if "guidance_scale" in names else None
+        scale = self.call.get("guidance_scale", default)
+        return float(scale) if scale and scale > 1 else None
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a denoiser call, all guidance branches together."""
+        return 4 * self.batch
+
+    @property
     def calls(self) -> int:
         return math.ceil(len(self.prompts) / self.batch)
 
+    @property
+    def parts(self) -> list[Runs]:
+        """The same, a batch at a time."""
+        return [self.some(slice(at, at + self.batch)) for at in range(0, len(self.prompts), self.batch)]
+
     def some(self, part: slice) -> Runs:
         return Runs(self.pipe, self.denoiser, self.prompts[part], self.seeds[part], self.batch, self.call)
+
+
+Loop = Callable[[Session], Any]
+"""A sampling loop of your own: it enters `session.step(i)` around its denoiser calls, and returns its samples [rows, ...]."""
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Sampling loops on a network that is no pipeline; each draws the same at every call."""
+
+    module: nn.Module
+    loops: tuple[Loop, ...]
+    steps: int
+    traces: dict[TraceKey, Trace] = field(default_factory=dict)
+    guidance_scale = None
+    rows = 64
+
+    def run(self, method: Any, tick: Callable[[], None], **options: Any) -> tuple[Tensor, Session]:
+        """Samples under a method (none where a loop returns no tensor), and the last session."""
+        made = []
+        for loop in self.loops:
+            with Session(self.module, method, self.steps, traces=self.traces, **options) as session:
+                made.append(loop(session))
+            tick()
+        samples = [out.detach().float().cpu() for out in made if isinstance(out, Tensor)]
+        return torch.cat(samples) if len(samples) == len(made) else torch.zeros(0), session
+
+    @property
+    def count(self) -> int:
+        return len(self.loops)
+
+    @property
+    def calls(self) -> int:
+        return len(self.loops)
+
+    @property
+    def parts(self) -> list[Loops]:
+        """One loop each."""
+        return [self.some(slice(i, i + 1)) for i in range(len(self.loops))]
+
+    def some(self, part: slice) -> Loops:
+        return Loops(self.module, self.loops[part], self.steps, self.traces)
 
 
 def relative_errors(reference: Tensor, other: Tensor) -> np.ndarray:
@@ -96,19 +167,19 @@ class Measured:
     costs: StepCosts | None = None
 
 
-def measure(runs: Runs, steps: int, tick: Callable[[], None], probes: int = PROBES, budget: int = SKETCH_BYTES) -> Measured:
+def measure(runs: Runs | Loops, steps: int, tick: Callable[[], None], probes: int = PROBES, budget: int = SKETCH_BYTES) -> Measured:
     """Runs everything once in full, then once for each probed step with that step's offsets reused.
 
     Args:
         probes: Steps whose sensitivity is measured; without any, all steps count alike.
         budget: Most bytes of sketches.
+
+    Raises:
+        ValueError: No block can be cached as a span, or a loop that is to be probed returns no samples.
     """
-    names = inspect.signature(runs.pipe.__call__).parameters
-    scale = runs.call.get("guidance_scale", names["guidance_scale"].default if "guidance_scale" in names else None)
     grams, distances, latents, facts, trace = [], [], [], {}, None
-    for at in range(0, len(runs.prompts), runs.batch):
-        some = runs.some(slice(at, at + runs.batch))
-        sketches = Sketches(steps, float(scale) if scale and scale > 1 else None, 4 * runs.batch, budget)
+    for some in runs.parts:
+        sketches = Sketches(steps, runs.guidance_scale, runs.rows, budget)
         made, fast = some.run(ComputeAll(), tick, force_store=True, observe=sketches)
         if fast.trace is not None and not fast.trace.sites:
             use = "DeepCache or CacheQuant, which cache its deep branch" if fast.trace.deep is not None else "another model"
@@ -128,6 +199,8 @@ def measure(runs: Runs, steps: int, tick: Callable[[], None], probes: int = PROB
     known = Tables(gram, np.ones(steps), tuple(levels) if levels else None, np.concatenate(distances))
     if not probes:
         return Measured(trace, known, reference, facts)
+    if not len(reference):
+        raise ValueError("the sampling loop must return its samples, a tensor [rows, ...]: how much they suffer from an error is measured")
     for k in probed:
         actions = everything.copy()
         actions[k] = Action.REUSE
@@ -227,65 +300,24 @@ def estimate(
     return Estimate(calls * found.seconds, parse_bytes(budget) or SKETCH_BYTES, calls)
 
 
-Loop = Callable[[Session], object]
-"""A sampling loop of your own: it enters `session.step(i)` around its denoiser calls."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Full-compute runs: of a pipeline over prompts, or of a loop."""
-
-    runs: Runs | None = None
-    module: nn.Module | None = None
-    loop: Loop | None = None
-    steps: int = 0
-
-    def full(
-        self, method: Any, observe: Any, tick: Callable[[], None], *, store: bool = True, prepare: Callable[[int], None] | None = None
-    ) -> tuple[Trace, dict[str, Any]]:
-        """One run with an observer; the trace and the run's facts."""
-        if self.runs is not None:
-            _, fast = self.runs.run(method, tick, force_store=store, observe=observe, prepare=prepare)
-            found, report = fast.trace, fast.report
-        else:
-            assert self.module is not None and self.loop is not None
-            with Session(self.module, method, self.steps, force_store=store, observe=observe, prepare=prepare) as session:
-                self.loop(session)
-            found, report = session.trace, session.report
-            tick()
-        assert found is not None and report.plan is not None
-        return found, {name: value for name, value in report.plan.facts.items() if name != "method"}
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The network that is measured."""
-        found = getattr(self.runs.pipe, self.runs.denoiser) if self.runs is not None else self.module
-        assert isinstance(found, nn.Module)
-        return found
-
-    @property
-    def parts(self) -> list[_Source]:
-        """The same, a batch at a time."""
-        if self.runs is None:
-            return [self]
-        runs = self.runs
-        return [_Source(runs.some(slice(at, at + runs.batch))) for at in range(0, len(runs.prompts), runs.batch)]
-
-
 class _AllRuns:
     """Runs over all prompts, for methods that need several passes."""
 
-    def __init__(self, source: _Source, steps: int, tick: Callable[[], None]) -> None:
-        self.source, self.steps, self.tick = source, steps, tick
-        self.denoiser = source.denoiser
+    def __init__(self, runs: Runs | Loops, steps: int, tick: Callable[[], None]) -> None:
+        self.runs, self.steps, self.tick = runs, steps, tick
+        self.denoiser = runs.module
 
     def full(self, method: Any, *, observe: Any = None, prepare: Callable[[int], None] | None = None) -> tuple[Trace, dict[str, Any]]:
         """One run under a method or plan."""
-        found: tuple[Trace, dict[str, Any]] | None = None
-        for part in self.source.parts:
-            found = part.full(method, observe, self.tick, store=observe is not None, prepare=prepare)
-        assert found is not None
-        return found
+        return full_run(self.runs, method, self.tick, force_store=observe is not None, observe=observe, prepare=prepare)
+
+
+def full_run(runs: Runs | Loops, method: Any, tick: Callable[[], None], **options: Any) -> tuple[Trace, dict[str, Any]]:
+    """One run of everything; the trace and the run's facts."""
+    _, fast = runs.run(method, tick, **options)
+    found, plan = fast.trace, fast.report.plan
+    assert found is not None and plan is not None
+    return found, {name: value for name, value in plan.facts.items() if name != "method"}
 
 
 def calibrate(
@@ -333,39 +365,41 @@ def calibrate(
     if isinstance(pipe, nn.Module):
         if not callable(prompts):
             raise ValueError("a network is calibrated on a function that runs your sampling loop: prompts must be that function")
-        source, count, rows = _Source(module=pipe, loop=prompts, steps=steps), 1, 64
+        runs: Runs | Loops = Loops(pipe, (prompts,), steps)
     else:
         if callable(prompts) or not prompts:
             raise ValueError("prompts is empty: there is nothing to calibrate on")
         if samples is not None and not 1 <= samples <= len(prompts):
             raise ValueError(f"samples must be from 1 to the number of prompts, {len(prompts)}, not {samples}")
         kept = tuple(prompts[:samples])
-        count, rows = len(kept), 4 * batch
-        source = _Source(Runs(pipe, next(iter(denoisers_of(pipe, denoiser))), kept, tuple(seed + i for i in range(count)), batch, call))
+        seeds = tuple(seed + i for i in range(len(kept)))
+        runs = Runs(pipe, next(iter(denoisers_of(pipe, denoiser))), kept, seeds, batch, call)
         if progress:
             told = estimate(pipe, kept, batch=batch, budget=budget, denoiser=denoiser, **call)
             print(f"hasten: calibrating, {told}", file=sys.stderr)
     with progress_bar(progress) as bar:
-        passes = 4 if hasattr(method, "measured") else 1
-        task = bar.add_task("measuring", total=passes * len(source.parts))
+        task = bar.add_task("measuring", total=None)
 
         def tick() -> None:
             bar.advance(task)
 
         if hasattr(method, "fitted"):
             pairs = Pairs(method)
-            for part in source.parts:
-                part.full(pairs, pairs, tick, store=False)
+            for part in runs.parts:
+                part.run(pairs, tick, observe=pairs)
             return method.fitted(pairs.pairs)
-        bound = weight_facts(source.denoiser)
+        bound = weight_facts(runs.module)
         if hasattr(method, "measured"):
-            return method.measured(_AllRuns(source, steps, tick)).with_facts(**bound, calibrated_on=count)
-        if getattr(method, "sites", "blocks") == "blocks" and source.runs is not None:
-            measured = measure(source.runs, steps, tick, probes=0, budget=budget)
+            return method.measured(_AllRuns(runs, steps, tick)).with_facts(**bound, calibrated_on=runs.count)
+        of_blocks = getattr(method, "sites", "blocks") == "blocks"
+        weighed = bool(getattr(method, "sensitivity", False))
+        if of_blocks or weighed:
+            measured = measure(runs, steps, tick, PROBES if weighed else 0, budget)
             found, tables, facts = measured.trace, measured.tables, measured.facts
-        else:
-            found, tables, facts = measure_sites(source.parts, method, steps, rows, tick, budget)
-    return method.calibrated(found, tables).with_facts(**facts, **bound, calibrated_on=count)
+        if not of_blocks:
+            found, of_sites, facts = measure_sites(runs, method, steps, tick, budget)
+            tables = replace(tables, sites=of_sites.sites) if weighed else of_sites
+    return method.calibrated(found, tables).with_facts(**facts, **bound, calibrated_on=runs.count)
 
 
 def sites_for(method: Any) -> Callable[[Trace], tuple[str, ...]]:
@@ -383,20 +417,20 @@ def sites_for(method: Any) -> Callable[[Trace], tuple[str, ...]]:
 
 
 def measure_sites(
-    sources: Sequence[_Source], method: Any, steps: int, rows: int, tick: Callable[[], None], budget: int
+    runs: Runs | Loops, method: Any, steps: int, tick: Callable[[], None], budget: int
 ) -> tuple[Trace, Tables, dict[str, Any]]:
-    """Tables of single sites, from one full-compute run of each source."""
+    """Tables of single sites, from one full-compute run of each batch."""
     pick = sites_for(method)
     every: list[dict[str, SiteTable]] = []
-    for source in sources:
+    for some in runs.parts:
         sketches: list[SiteSketches] = []
 
         def observe(branch: str, step: int, values: dict[Span, dict[int, Tensor]], kept: list[SiteSketches] = sketches) -> None:
             if not kept:
-                kept.append(SiteSketches(steps, tuple(map(str, range(1 + max(span.start for span in values)))), rows, budget))
+                kept.append(SiteSketches(steps, tuple(map(str, range(1 + max(span.start for span in values)))), runs.rows, budget))
             kept[0](branch, step, values)
 
-        found, facts = source.full(ComputeAll(pick), observe, tick)
+        found, facts = full_run(some, ComputeAll(pick), tick, force_store=True, observe=observe)
         names = pick(found)
         every.append({names[int(at)]: table for at, table in sketches[0].tables().items()} if sketches else {})
     mean = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from hasten.accelerators.caching.plan import Plan
 from hasten.accelerators.caching.planner import Planner, Schedule
@@ -16,6 +17,8 @@ from hasten.pipelines.accelerated import ComputeAll, denoisers_of
 from hasten.pipelines.calibration import (
     PROBES,
     Estimate,
+    Loop,
+    Loops,
     Measured,
     Runs,
     StepCosts,
@@ -45,9 +48,27 @@ def steps_for(costs: StepCosts, steps: int, speedup: float) -> int:
     return able[-1]
 
 
+def _runs(
+    pipe: Any, prompts: Sequence[str] | Loop | Sequence[Loop], seed: int, batch: int, denoiser: str | None, call: dict[str, Any]
+) -> Runs | Loops:
+    """What is measured: a pipeline on prompts, or a network in loops.
+
+    Raises:
+        ValueError: A network is given without loops.
+    """
+    if isinstance(pipe, nn.Module):
+        loops = (prompts,) if callable(prompts) else tuple(prompts)
+        if not loops or not all(callable(loop) for loop in loops):
+            raise ValueError("a network is planned for in sampling loops: prompts must be a function that runs one, or several of them")
+        return Loops(pipe, loops, steps_of(call))  # type: ignore[arg-type]
+    assert not callable(prompts)
+    name = next(iter(denoisers_of(pipe, denoiser)))
+    return Runs(pipe, name, tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)  # type: ignore[arg-type]
+
+
 def plan(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Loop | Sequence[Loop],
     *,
     speedup: float | None = None,
     error: float | None = None,
@@ -62,10 +83,12 @@ def plan(
 
         plan = hasten.plan(pipe, prompts, speedup=2.0, num_inference_steps=50)
         fast = hasten.accelerate(pipe, plan)
+        plan = hasten.plan(policy, [loop, other_loop], speedup=4.0, num_inference_steps=100)  # loops of your own
 
     Args:
-        pipe: A diffusers pipeline that takes prompts and can return latents (`output_type="latent"`).
-        prompts: At least two; those at the end are held out for the certificate.
+        pipe: A diffusers pipeline that takes prompts and can return latents (`output_type="latent"`); or a network, with `prompts` one or
+            several functions that each run your sampling loop on the session they are given and return its samples [rows, ...].
+        prompts: At least two; those at the end are held out for the certificate. A single loop leaves nothing to hold out.
         speedup: Of the denoiser loop.
         error: Most relative L2 error of the final latents against the plain pipeline (geometric mean over prompts).
         held_out: How many prompts; a third unless told.
@@ -88,13 +111,13 @@ def plan(
         raise ValueError(f"speedup must be at least 1, not {speedup:g}")
     if error is not None and not error > 0:
         raise ValueError(f"error must be positive, not {error:g}")
-    kept = held_out if held_out is not None else max(1, len(prompts) // 3)
-    if not 1 <= kept < len(prompts):
-        raise ValueError(f"there must be at least one prompt to calibrate on and one to hold out, not {len(prompts)} and held_out={kept}")
     steps = steps_of(call)
-    name = next(iter(denoisers_of(pipe, denoiser)))
-    runs = Runs(pipe, name, tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)
-    known, fresh = runs.some(slice(len(prompts) - kept)), runs.some(slice(len(prompts) - kept, None))
+    runs = _runs(pipe, prompts, seed, batch, denoiser, call)
+    alone = isinstance(runs, Loops) and runs.count == 1 and held_out is None
+    kept = 0 if alone else held_out if held_out is not None else max(1, runs.count // 3)
+    if not alone and not 1 <= kept < runs.count:
+        raise ValueError(f"there must be at least one prompt to calibrate on and one to hold out, not {runs.count} and held_out={kept}")
+    known, fresh = runs.some(slice(runs.count - kept)), runs.some(slice(runs.count - kept, None))
     with progress_bar(progress) as bar:
         probes = min(PROBES, steps - 1)
         task = bar.add_task("measuring", total=known.calls * (1 + probes))
@@ -110,23 +133,28 @@ def plan(
         else:
             assert error is not None
             chosen = _within(known, measured, error, tick)
-        made, _ = fresh.run(chosen.plan, tick)
-        plain, _ = fresh.run(ComputeAll(), tick)
-    errors = relative_errors(plain, made)
-    replayed = Replayed.of(errors)
-    certificate = {
-        "predicted": chosen.predicted,
-        "replayed": replayed.error,
-        "replayed_interval": [replayed.low, replayed.high] if len(errors) > 1 else None,
-        "replayed_mean": replayed.mean,
-        "speedup": round(measured.costs.speedup(steps, len(chosen.schedule.computed)), 3),
-        "held_out": kept,
-        "calibrated_on": len(prompts) - kept,
-        "step_errors": [round(float(e), 6) for e in chosen.schedule.errors],
-    }
+        certificate = {
+            "predicted": chosen.predicted,
+            "speedup": round(measured.costs.speedup(steps, len(chosen.schedule.computed)), 3),
+            "held_out": kept,
+            "calibrated_on": runs.count - kept,
+            "step_errors": [round(float(e), 6) for e in chosen.schedule.errors],
+        }
+        if kept:
+            certificate |= _replayed(fresh, chosen.plan, tick)
     target = f"speedup {speedup:g}" if speedup is not None else f"error {error:g}"
-    facts = {**measured.facts, **weight_facts(getattr(pipe, name)), "method": f"planned for {target}", "certificate": certificate}
+    facts = {**measured.facts, **weight_facts(runs.module), "method": f"planned for {target}", "certificate": certificate}
     return chosen.schedule.plan(measured.trace, **facts)
+
+
+def _replayed(runs: Runs | Loops, made: Plan, tick: Callable[[], None]) -> dict[str, Any]:
+    """What a certificate says of prompts that the plan was not solved on."""
+    fast, _ = runs.run(made, tick)
+    plain, _ = runs.run(ComputeAll(), tick)
+    errors = relative_errors(plain, fast)
+    found = Replayed.of(errors)
+    interval = [found.low, found.high] if len(errors) > 1 else None
+    return {"replayed": found.error, "replayed_interval": interval, "replayed_mean": found.mean}
 
 
 FACTOR = 2.0
@@ -172,7 +200,14 @@ def expected(pipe: Any, prompts: Sequence[str], *, batch: int = 8, denoiser: str
 
 
 def front(
-    pipe: Any, prompts: Sequence[str], counts: Sequence[int], *, seed: int = 0, batch: int = 8, denoiser: str | None = None, **call: Any
+    pipe: Any,
+    prompts: Sequence[str] | Loop | Sequence[Loop],
+    counts: Sequence[int],
+    *,
+    seed: int = 0,
+    batch: int = 8,
+    denoiser: str | None = None,
+    **call: Any,
 ) -> dict[int, tuple[Plan, float]]:
     """The planner's plan for several numbers of computed steps from one measurement: the front of time and error.
 
@@ -184,10 +219,9 @@ def front(
         For each count the plan and its predicted error.
     """
     steps = steps_of(call)
-    name = next(iter(denoisers_of(pipe, denoiser)))
-    runs = Runs(pipe, name, tuple(prompts), tuple(seed + i for i in range(len(prompts))), batch, call)
+    runs = _runs(pipe, prompts, seed, batch, denoiser, call)
     measured = measure(runs, steps, _silent, min(PROBES, steps - 1))
-    facts = {**measured.facts, **weight_facts(getattr(pipe, name))}
+    facts = {**measured.facts, **weight_facts(runs.module)}
     found = {}
     for count in counts:
         chosen = _best(runs, measured, count, _silent)
@@ -209,7 +243,7 @@ class _Chosen:
     predicted: float
 
 
-def _best(runs: Runs, measured: Measured, count: int, tick: Callable[[], None]) -> _Chosen:
+def _best(runs: Runs | Loops, measured: Measured, count: int, tick: Callable[[], None]) -> _Chosen:
     """The best of several solutions, by their replay on the prompts that they were solved on."""
     schedules = {s.computed: s for s in (Planner(measured.tables, coherence=c).solve(count) for c in COHERENCES)}
     best: _Chosen | None = None
@@ -223,7 +257,7 @@ def _best(runs: Runs, measured: Measured, count: int, tick: Callable[[], None]) 
     return best
 
 
-def _within(runs: Runs, measured: Measured, error: float, tick: Callable[[], None]) -> _Chosen:
+def _within(runs: Runs | Loops, measured: Measured, error: float, tick: Callable[[], None]) -> _Chosen:
     """The fewest computed steps whose replay stays within `error` (by bisection)."""
     low, high, best = 1, measured.tables.steps, None
     while low < high:

@@ -14,9 +14,13 @@ class Affine:
 
     Args:
         scale, shift: [channels], or [groups * channels] for that many equal groups of consecutive rows.
+
+    Attributes:
+        group: The one group that all rows belong to; None where each has its share of them.
     """
 
     def __init__(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        self.group: int | None = None
         self._given = torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)
         self._at: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
@@ -37,6 +41,8 @@ class Affine:
         shape = [groups, *[1] * value.ndim]
         shape[dim if dim < 0 else dim + 1] = channels
         scale, shift = (t.view(shape) for t in self._at[key])
+        if self.group is not None and groups > 1:
+            return torch.addcmul(shift[self.group], value, scale[self.group])
         grouped = value.unflatten(0, (groups, -1))
         return torch.addcmul(shift, grouped, scale).flatten(0, 1)
 

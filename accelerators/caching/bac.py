@@ -25,6 +25,10 @@ class BAC:
         updates: Refreshes of each part, the first step included (the paper's S: 5 to 20 of 100 steps; 10 in its tables).
         union: Parts whose refreshes are joined with those of the feed-forward parts at or behind them (the paper's n: 5 in simulation, 3
             on the real robot). 0 leaves the schedules apart, which the paper shows to be worse.
+        sensitivity: Not in the paper: weighs the error at every step by how much the final sample suffers from it, as measured by
+            replays; a loop of your own must then return its samples.
+        shared: Not in the paper: one schedule for all parts, from their summed costs. No part then ever refreshes on stale input, and
+            the steps between compute nothing at all.
 
     Raises:
         ValueError: A value is out of range.
@@ -32,6 +36,8 @@ class BAC:
 
     updates: int = 10
     union: int = 5
+    sensitivity: bool = False
+    shared: bool = False
 
     sites = "parts"
 
@@ -42,7 +48,8 @@ class BAC:
             raise ValueError(f"union must be a whole number of at least 0, not {self.union!r}")
 
     def __str__(self) -> str:
-        return f"bac S={self.updates} n={self.union}"
+        own = f"bac S={self.updates}" + ("" if self.shared else f" n={self.union}")
+        return own + "".join(f" {name}" for name, on in (("weighed", self.sensitivity), ("shared", self.shared)) if on)
 
     def calibrated(self, trace: Trace, tables: Tables) -> Plan:
         """The plan for the steps of the tables.
@@ -54,8 +61,14 @@ class BAC:
             raise ValueError(f"the blocks of {trace.model} have no parts that can be told apart: use a method for whole blocks")
         if self.updates > tables.steps:
             raise ValueError(f"updates must be at most the number of steps, {tables.steps}, not {self.updates}")
-        schedules = [set(segment_dp(anchored(table.cosine), self.updates).starts(self.updates)) for table in tables.sites.values()]
-        if self.union:
+        costs = [
+            np.triu(np.square(table.distance * tables.sensitivity[None])).cumsum(1) if self.sensitivity else anchored(table.cosine)
+            for table in tables.sites.values()
+        ]
+        if self.shared:
+            costs = [np.sum(costs, 0)] * len(costs)
+        schedules = [set(segment_dp(_scaled(cost), self.updates).starts(self.updates)) for cost in costs]
+        if self.union and not self.shared:
             layer = {part.path: i for i in trace.offered for part in trace.blocks[i].parts}
             kind = {part.path: part.kind for part in trace.parts}
             schedules = self._bubble(schedules, [t.drift for t in tables.sites.values()], list(tables.sites), layer, kind)
@@ -82,3 +95,8 @@ class BAC:
 def anchored(cosine: np.ndarray) -> np.ndarray:
     """[T, T] cost of a segment a..b: how unlike the value at its first step is to what it stands for, summed over the segment."""
     return np.triu(1.0 - cosine).cumsum(1)
+
+
+def _scaled(cost: np.ndarray) -> np.ndarray:
+    """The same cost with 1 for its largest entry: the solver adds in single precision."""
+    return cost / max(float(cost.max()), 1e-30)

@@ -142,8 +142,8 @@ class DecidedState:
         self.values.clear()
         self.memory.clear()
 
-    def reindex(self, rows: Tensor) -> None:
-        self.values = {span: {stream: moved(t, rows) for stream, t in value.items()} for span, value in self.values.items()}
+    def reindex(self, rows: Tensor, batch: int | None = None) -> None:
+        self.values = {span: {stream: moved(t, rows, batch) for stream, t in value.items()} for span, value in self.values.items()}
         self.memory = {name: t.index_select(0, rows.to(t.device)) for name, t in self.memory.items()}
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:

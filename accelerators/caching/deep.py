@@ -109,7 +109,9 @@ class DeepState:
     def clear(self) -> None:
         self.value = None
 
-    def reindex(self, rows: Tensor) -> None:
+    def reindex(self, rows: Tensor, batch: int | None = None) -> None:
+        if batch is not None and self.shape[:1] != (batch,):
+            return
         self.value = mapped(self.value, lambda kept: moved(kept, rows))
         self.shape = torch.Size((len(rows), *self.shape[1:]))
 

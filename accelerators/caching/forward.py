@@ -196,8 +196,8 @@ class BranchState(Protocol):
     def clear(self) -> None:
         """Drops everything."""
 
-    def reindex(self, rows: Tensor) -> None:
-        """Lets the rows of everything stored follow the samples."""
+    def reindex(self, rows: Tensor, batch: int | None = None) -> None:
+        """Lets the rows of everything stored follow the samples; of what has `batch` rows, where that is given."""
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
         """What was stored at a step, for observers."""
@@ -255,11 +255,11 @@ class BlockState:
     def clear(self) -> None:
         self.values.clear()
 
-    def reindex(self, rows: Tensor) -> None:
+    def reindex(self, rows: Tensor, batch: int | None = None) -> None:
         self.spare.tensors.clear()  # of the old batch size
         for value in self.values.values():
             for stream, tensor in value.items():
-                value[stream] = moved(tensor, rows)
+                value[stream] = moved(tensor, rows, batch)
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
         return {span: {i: read(t) for i, t in value.items()} for span, value in self.values.items() if span.source == step}

@@ -20,7 +20,7 @@ from hasten.accelerators.caching.deep import kept_in, mapped, tensors_in
 from hasten.accelerators.caching.forward import CHANGED, Finite, Recompute, pass_on
 from hasten.accelerators.caching.plan import Action, PlanError
 from hasten.accelerators.caching.segments import Span, breaks_of
-from hasten.accelerators.caching.state import Kept, as_is, moved, probe, unpacked
+from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read, unpacked
 from hasten.accelerators.caching.trace import Block, Stream, Trace, version_of
 from hasten.accelerators.dispatch import Call, Handler
 
@@ -147,9 +147,9 @@ class PartState:
         self.sources.clear()
         self.merged.clear()
 
-    def reindex(self, rows: Tensor) -> None:
-        self.values = {i: mapped(value, lambda kept: moved(kept, rows)) for i, value in self.values.items()}
-        self.merged = {parts: value.index_select(0, rows.to(value.device)) for parts, value in self.merged.items()}
+    def reindex(self, rows: Tensor, batch: int | None = None) -> None:
+        self.values = {i: mapped(value, lambda kept: moved(kept, rows, batch)) for i, value in self.values.items()}
+        self.merged = {parts: read(moved(value, rows, batch)) for parts, value in self.merged.items()}
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
         now = [i for i, source in self.sources.items() if source == step]

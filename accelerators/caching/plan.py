@@ -30,6 +30,8 @@ ROW = "#"
 """Between a guidance branch and a row of the batch, where the rows of a recorded run decided differently."""
 ALL_BRANCHES = "*"
 """The one branch of a plan that treats every guidance branch alike."""
+GUIDANCE = "guidance"
+"""The site that stands for the whole denoiser: where it says `SKIP_BRANCH`, only the conditional guidance branch is computed."""
 
 HARD_FACTS = ("model", "config", "steps", "guidance", "scheduler", "order")
 """What must agree before a plan is carried out."""
@@ -45,9 +47,10 @@ class Action(IntEnum):
     COMPUTE = 0
     REUSE = 1
     FORECAST = 2
+    SKIP_BRANCH = 3
 
 
-MARKS = "#.~"
+MARKS = "#.~-"
 """How actions are printed."""
 
 
@@ -74,7 +77,7 @@ class Plan:
     Attributes:
         actions: uint8 [steps, sites, branches] of `Action` ([steps, sites] is taken as one branch). Row k is the k-th executed
             step; the two calls of a second-order step share a row.
-        sites: Paths of the blocks, in call order.
+        sites: Paths of the blocks, in call order; the last may be `GUIDANCE`, whose cells say whether both guidance branches run.
         branches: Names of the guidance branches; ("*",) treats all alike.
         weights: float32 [steps, sites, branches, terms] or None: what a forecast adds is the sum of the site's last computed offsets,
             newest first, by these weights. Where all are 0, or there are none, the weights are those of the polynomial through the
@@ -118,6 +121,13 @@ class Plan:
         known = [int(action) for action in Action]
         if not np.isin(actions, known).all():
             raise PlanError(f"unknown action {int(actions[~np.isin(actions, known)][0])}; known are {[a.name for a in Action]}")
+        elsewhere = [s for s, site in enumerate(self.sites) if site != GUIDANCE]
+        if (actions[:, elsewhere] == Action.SKIP_BRANCH).any():
+            raise PlanError(f"SKIP_BRANCH is said of the site {GUIDANCE!r} alone: no single block can be skipped for one branch")
+        if GUIDANCE in self.sites:
+            column = actions[:, self.sites.index(GUIDANCE)]
+            if self.sites[-1] != GUIDANCE or not np.isin(column, [Action.COMPUTE, Action.SKIP_BRANCH]).all():
+                raise PlanError(f"the site {GUIDANCE!r} stands last and is computed or skipped, nothing else")
         actions = np.array(actions, dtype=np.uint8, order="C")  # a copy: the caller's array stays the caller's
         actions.setflags(write=False)
         object.__setattr__(self, "actions", actions)
@@ -223,9 +233,32 @@ class Plan:
         return int(self.facts.get("forecast_order", 1))
 
     @property
+    def skips(self) -> np.ndarray:
+        """[steps] whether a guidance branch is skipped."""
+        if GUIDANCE not in self.sites:
+            return np.zeros(self.steps, bool)
+        return np.asarray((self.actions[:, -1] == Action.SKIP_BRANCH).any(-1))
+
+    @property
+    def blocks(self) -> Plan:
+        """The plan without its guidance site."""
+        if GUIDANCE not in self.sites:
+            return self
+        weights = self.weights[:, :-1] if self.weights is not None else None
+        return replace(self, actions=self.actions[:, :-1], sites=self.sites[:-1], weights=weights)
+
+    @property
+    def _shares(self) -> np.ndarray:
+        """[steps, branches] of a branch's rows that are computed: a lone branch has the rows of both where guidance is batched."""
+        skipped = self.actions[:, -1] == Action.SKIP_BRANCH if GUIDANCE in self.sites else np.zeros((self.steps, len(self.branches)), bool)
+        return 1.0 - skipped * (1.0 if len(self.branches) > 1 else 0.5)
+
+    @property
     def computed_fraction(self) -> float:
-        """Share of the cells that are computed; 1 where there are no sites."""
-        return float((self.actions == Action.COMPUTE).mean()) if self.actions.size else 1.0
+        """Share of the blocks' cells that are computed, a skipped branch counted out; 1 where there are no sites."""
+        shares = self._shares
+        computed = self.blocks.actions == Action.COMPUTE
+        return float((computed * shares[:, None]).mean()) if computed.size else float(shares.mean())
 
     def speedup_bound(self, costs: Trace | tuple[Sequence[float], float]) -> float:
         """The speed-up if reuse were free: all sites computed at all steps, over what the plan computes.
@@ -236,13 +269,15 @@ class Plan:
         Raises:
             PlanError: The trace has other sites.
         """
+        sites = self.blocks.sites
         if isinstance(costs, tuple):
             seconds, rest = costs
         else:
-            if costs.kind_of(self.sites) is None:
-                raise PlanError(f"the plan is for {len(self.sites)} sites such as {self.sites[:1]}, the trace has {costs.sites[:3]}")
-            seconds, rest = costs.costs(self.sites)
-        computed = float(((self.actions == Action.COMPUTE).mean(axis=(0, 2)) * np.asarray(seconds)).sum()) + rest
+            if costs.kind_of(sites) is None:
+                raise PlanError(f"the plan is for {len(sites)} sites such as {sites[:1]}, the trace has {costs.sites[:3]}")
+            seconds, rest = costs.costs(sites)
+        per_call = np.einsum("ksb,s->kb", self.blocks.actions == Action.COMPUTE, np.asarray(seconds, dtype=np.float64)) + rest
+        computed = float((per_call * self._shares).mean())
         return (float(sum(seconds)) + rest) / computed if computed > 0 else math.inf
 
     # ------------------------------------------------------------------------------------------------------ files
@@ -374,7 +409,8 @@ class Plan:
         head = f"plan {self.hash}: {self.steps} steps x {len(self.sites)} sites, {100 * self.computed_fraction:.1f}% computed"
         if self.facts.get("method"):
             head += f", {self.facts['method']}"
-        legend = "# computed, . reused" + (", ~ forecast" if (self.actions == Action.FORECAST).any() else "")
+        others = ((Action.FORECAST, ", ~ forecast"), (Action.SKIP_BRANCH, ", - one guidance branch skipped"))
+        legend = "# computed, . reused" + "".join(text for action, text in others if (self.actions == action).any())
         lines = [head, f"rows are steps, columns are sites in call order; {legend}"]
         for b, name in enumerate(self.branches):
             if name != ALL_BRANCHES:
@@ -396,7 +432,7 @@ class Plan:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        colours = {Action.COMPUTE: "#1f5fa8", Action.REUSE: "#f2c879", Action.FORECAST: "#7fb77e"}
+        colours = {Action.COMPUTE: "#1f5fa8", Action.REUSE: "#f2c879", Action.FORECAST: "#7fb77e", Action.SKIP_BRANCH: "#b86f9b"}
         if isinstance(target, AxesType):
             axes = target
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from hasten.accelerators.dispatch import Call, Handler
 from hasten.accelerators.quantization.int8 import QuantConv2d, Quantised, QuantLinear, quantised
 from hasten.accelerators.quantization.ranges import Step
 
-RANGE, OUTPUT = "range.", "output."
+RANGE, OUTPUT, SMOOTH = "range.", "output.", "smooth."
 
 
-def quantised_tables(ranges: dict[str, torch.Tensor], corrections: dict[str, AffineCorrection]) -> dict[str, np.ndarray]:
-    """The tables of a plan: by layer, activation ranges [steps, 2] and output corrections [2, steps, channels]."""
+def quantised_tables(
+    ranges: Mapping[str, torch.Tensor], corrections: Mapping[str, AffineCorrection], smooth: Mapping[str, torch.Tensor]
+) -> dict[str, np.ndarray]:
+    """The tables of a plan: by layer, activation ranges [steps, 2], output corrections [2, steps, channels], smoothing [in channels]."""
     tables = {f"{RANGE}{name}": np.asarray(table) for name, table in ranges.items()}
+    tables |= {f"{SMOOTH}{name}": np.asarray(table.cpu()) for name, table in smooth.items() if name in ranges}
     return tables | {f"{OUTPUT}{name}": np.stack([c.scale.numpy(), c.shift.numpy()]) for name, c in corrections.items()}
 
 
@@ -31,10 +35,11 @@ def quantised_copy(plan: Plan, denoiser: nn.Module) -> Quantised:
     """
     asked = plan.facts["quantised"]
     ranges = {name.removeprefix(RANGE): torch.tensor(table) for name, table in plan.tables.items() if name.startswith(RANGE)}
+    smooth = {name.removeprefix(SMOOTH): torch.tensor(table) for name, table in plan.tables.items() if name.startswith(SMOOTH)}
     try:
         made = quantised(
             denoiser, ranges or None, weights=asked["weights"], activations=asked["activations"], step=Step(plan.steps),
-            keep_8bit=asked.get("keep_8bit"),
+            keep_8bit=asked.get("keep_8bit"), smooth=smooth,
         )  # fmt: skip
         for name, table in plan.tables.items():
             if name.startswith(OUTPUT):

@@ -9,20 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hasten.accelerators.caching.affine import affines
-from hasten.accelerators.caching.branches import Branches
+from hasten.accelerators.caching.affine import Affine, affines
+from hasten.accelerators.caching.branches import Branches, Sighting
+from hasten.accelerators.caching.compose import CONFLICTS
 from hasten.accelerators.caching.contexts import named_contexts
 from hasten.accelerators.caching.deciders import DecidedState, Decider, Recorded
 from hasten.accelerators.caching.deep import DeepState
 from hasten.accelerators.caching.forward import BlockState, BranchState, Pass, Recompute
+from hasten.accelerators.caching.guidance import Guidance, rows_of, separable
 from hasten.accelerators.caching.parts import PartState, part_program
-from hasten.accelerators.caching.plan import ALL_BRANCHES, ROW, Action, Plan, PlanError
+from hasten.accelerators.caching.plan import ALL_BRANCHES, GUIDANCE, ROW, Action, Plan, PlanError
 from hasten.accelerators.caching.quantised import layer_handlers, quantised_copy
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
@@ -64,7 +67,7 @@ def plan_for(method: Method | Plan, trace: Trace, steps: int) -> Plan:
     if plan.steps != steps:
         raise PlanError(f"the plan has {plan.steps} steps, this run has {steps}")
     plan.check({"model": trace.model, "config": trace.config_hash})
-    if trace.kind_of(plan.sites) is None:
+    if trace.kind_of(plan.blocks.sites) is None:
         raise PlanError(f"the plan is for {len(plan.sites)} sites ({', '.join(plan.sites[:2])} ...), the model has {len(trace.sites)}")
     return plan
 
@@ -163,6 +166,8 @@ class Session:
         self._tracing = False
         self.latents_batch: int | None = None
         self._plan: Plan | None = None
+        self._guidance: Guidance | None = None
+        self._fixes: dict[str, list[Affine]] = {}
         self._branches: dict[str, BranchState] = {}
         self._names = Branches()
         self.context: str | None = None
@@ -196,7 +201,7 @@ class Session:
         try:
             self._finish()
         finally:
-            self._branches, self._names, self._forward, self._nan_flag = {}, Branches(), None, None
+            self._branches, self._names, self._forward, self._nan_flag, self._guidance = {}, Branches(), None, None, None
             if stack is not None:
                 stack.close()
 
@@ -232,6 +237,8 @@ class Session:
             self.report.warnings = ["the pipeline sampled more than once in this call; the report's plan is that of the last time"]
 
     def _forget(self) -> None:
+        if self._guidance is not None:
+            self._guidance.clear()
         self._branches, self._names, self._learning = {}, Branches(), self._evaluation
 
     @property
@@ -248,9 +255,19 @@ class Session:
         """
         rows = torch.as_tensor(index, dtype=torch.long)
         for branch in self._branches.values():
-            branch.reindex(rows)
+            if self._guidance is not None and self._guidance.batched:
+                branch.clear()  # some of it has the rows of one guidance branch, some of both
+            else:
+                branch.reindex(rows)
+        if self._guidance is not None:
+            self._guidance.reindex(rows)
         if self.latents_batch is not None:
             self._names.reindex(rows, self.latents_batch)
+
+    def guided(self, model_output: Any) -> None:
+        """Hears what the scheduler was given: the guided output."""
+        if self._guidance is not None:
+            self._guidance.learn(model_output)
 
     # ---------------------------------------------------------------------------------------------------- the calls
 
@@ -277,13 +294,24 @@ class Session:
         branch = self._branch(seen.name)
         if seen.stale:
             branch.clear()
+            if self._guidance is not None:
+                self._guidance.clear()
         began = self._clock(latents)
-        out = self._run(call, args, kwargs, branch, seen.name, seen.doubt)
+        if self._guidance is None:
+            out = self._run(call, args, kwargs, branch, seen.name, seen.doubt)
+        else:
+            out = self._guided_run(self._guidance, call, args, kwargs, branch, seen, latents)
         self._count(began, latents)
         return out
 
     def _adopt(self, plan: Plan) -> None:
-        """What a calibrated plan needs beyond its sites: the weights that it was calibrated on, and quantised layers."""
+        """What a plan needs beyond its sites: skipped branches, the weights that it was calibrated on, and quantised layers."""
+        if plan.skips.any():
+            if isinstance(self.method, Decider) or any(ROW in name for name in plan.branches):
+                raise PlanError(CONFLICTS["decisions", "guidance"])
+            self._guidance = Guidance(
+                plan.skips, self.facts.get("sigmas"), int(plan.facts.get("guidance_order", 0)), plan.facts.get("conditional")
+            )
         known = {name: plan.facts[name] for name in ("weights", "adapters") if name in plan.facts}
         if known:
             found = weight_facts(self.denoiser)
@@ -309,14 +337,82 @@ class Session:
                 self._tracing = False
         return self._traces[key]
 
-    def _run(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], branch: BranchState, name: str, doubt: str | None) -> Any:
+    def _guided_run(
+        self,
+        guidance: Guidance,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        branch: BranchState,
+        seen: Sighting,
+        latents: Tensor,
+    ) -> Any:
+        """A call of a run in which branches are skipped."""
+        name, step, batch = seen.name, self._step, len(latents)
+        wanted = bool(guidance.skips[step]) and seen.doubt is None
+        if not guidance.looks_batched(latents):
+            first = self._names.order[0] == name
+            if wanted and not first:
+                out = guidance.answer(name, step, self._evaluation)
+                if out is not None:
+                    self._record(name, None, skipped=True)
+                    return out
+                self.report.reasons[f"{name}: both branches have not been computed yet, so it cannot be skipped"] += 1
+            out = self._run(call, args, kwargs, branch, name, seen.doubt)
+            guidance.computed(name, first, step, self._evaluation, out)
+            return out
+        why = guidance.why_not(name)
+        if wanted and why is None:
+            rows = guidance.rows(batch)
+            if name not in guidance.halved:
+                branch.reindex(torch.arange(batch)[rows], batch)
+                guidance.halved.add(name)
+            for fix in self._fixes.get(name, ()):
+                fix.group = guidance.conditional
+            half = self._run(call, rows_of(args, batch, rows), rows_of(kwargs, batch, rows), branch, name, None, skipped=True)
+            return guidance.join(name, step, half)
+        if wanted and why is not None:
+            self.report.reasons[f"guidance: {why}"] += 1
+        guidance.halved.discard(name)
+        for fix in self._fixes.get(name, ()):
+            fix.group = None
+        out = self._run(call, args, kwargs, branch, name, seen.doubt)
+        if guidance.reason is None:
+            self._ask_halves(guidance, call, args, kwargs, latents, out)
+        if guidance.reason is None:
+            guidance.both(name, step, out)
+        return out
+
+    def _ask_halves(self, guidance: Guidance, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor, out: Any) -> None:
+        """Whether half of the batch can be run alone: tried once for each shape."""
+        assert self.trace is not None
+        if self.trace.halves is None:
+            self._tracing = True
+            try:
+                with intercept(self._layers):
+                    self.trace = replace(self.trace, halves=separable(call, args, kwargs, len(latents), out))
+            finally:
+                self._tracing = False
+            self._traces[tuple(latents.shape), latents.dtype] = self.trace
+        guidance.reason = self.trace.halves or None
+
+    def _run(
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        branch: BranchState,
+        name: str,
+        doubt: str | None,
+        skipped: bool = False,
+    ) -> Any:
         if self._prepare is not None:
             self._prepare(self._step)
         if self._quantised is not None:
             self._quantised.step.set(self._step)
         passing = branch.start(self._step, doubt)
         if passing is None:
-            self._record(name, None)
+            self._record(name, None, skipped)
             if not self._layers:
                 return call(*args, **kwargs)
             with intercept(self._layers):
@@ -336,12 +432,13 @@ class Session:
                 passing = again
             finally:
                 self._forward = None
-        self._record(name, passing)
+        self._record(name, passing, skipped)
         for reason in passing.reasons:
             self.report.reasons[reason] += 1
         if self._observe is not None:
             self._observe(name, self._step, branch.stored(self._step))
-        self._bytes_peak = max(self._bytes_peak, sum(b.bytes for b in self._branches.values()))
+        beside = self._guidance.bytes if self._guidance is not None else 0
+        self._bytes_peak = max(self._bytes_peak, sum(b.bytes for b in self._branches.values()) + beside)
         self._check_budget(self._bytes_peak)
         return out
 
@@ -370,7 +467,7 @@ class Session:
     def _state(self, name: str, order: int) -> tuple[BranchState, list[str]]:
         """What a guidance branch keeps, by the kind of the plan's sites; also why cells of its plan cannot be reused."""
         assert self._plan is not None and self.trace is not None
-        plan, trace = self._plan, self.trace
+        plan, trace = self._plan.blocks, self.trace
         if isinstance(self.method, Decider):
             return self._decided(self.method), []
         rows = plan.rows_of(name, order)
@@ -379,6 +476,7 @@ class Session:
         branch, kind, pack = plan.branch_index(name, order), trace.kind_of(plan.sites), self._packer
         actions = plan.actions[:, :, branch]
         fixes = {site: affines(plan.corrections, site, branch, plan.steps) for site in plan.sites}
+        self._fixes[name] = [fix for steps in fixes.values() if steps is not None for fix in steps if fix is not None]
         if kind == "parts":
             program, reasons = part_program(trace, plan.sites, actions, force_store=self._force_store)
             return PartState(self.denoiser, trace, plan.sites, program, self._finite, [fixes[site] for site in plan.sites], pack), reasons
@@ -401,10 +499,13 @@ class Session:
         assert self._plan is not None and self.trace is not None
         return DecidedState(self.denoiser, self.trace, decider, self._plan.steps, self._finite, self._compactable, self._packer)
 
-    def _record(self, name: str, passing: Pass | None) -> None:
+    def _record(self, name: str, passing: Pass | None, skipped: bool = False) -> None:
+        """Notes what a call did; `skipped` if a guidance branch was."""
         assert self._plan is not None
-        planned = self._plan.branch(name, self._names.order.index(name))[self._step]
+        planned = self._plan.blocks.branch(name, self._names.order.index(name))[self._step]
         row = passing.executed(planned) if passing is not None else np.full(len(planned), Action.COMPUTE, np.uint8)
+        if GUIDANCE in self._plan.sites:
+            row = np.append(row, np.uint8(Action.SKIP_BRANCH if skipped else Action.COMPUTE))
         self._executed[name][self._step] = row
 
     def _clock(self, latents: Tensor) -> Any:

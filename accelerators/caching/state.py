@@ -89,8 +89,10 @@ def read(kept: Kept) -> Tensor:
     return kept.read() if isinstance(kept, Packed) else kept
 
 
-def moved(kept: Kept, rows: Tensor) -> Kept:
-    """Some rows of it."""
+def moved(kept: Kept, rows: Tensor, batch: int | None = None) -> Kept:
+    """Some rows of it; where `batch` is given and it has another number of rows, all of it."""
+    if batch is not None and len(kept.scale if isinstance(kept, Packed) else kept) != batch:
+        return kept
     return kept.index_select(0, rows.to(kept.scale.device if isinstance(kept, Packed) else kept.device))
 
 

@@ -126,6 +126,8 @@ class Trace:
     dtype: str
     resolution: tuple[int, ...] = field(default=())
     deep: Deep | None = None
+    halves: str | None = None
+    """Why half of a batch cannot be run alone; empty if it can, None if nobody has asked yet."""
 
     @property
     def offered(self) -> tuple[int, ...]:

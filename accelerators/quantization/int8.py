@@ -176,7 +176,8 @@ class _QuantLayer(nn.Module):
     """What both layers share: the packed weight, the tables per step, and the product.
 
     Buffers: packed, scale, zero (see `PackedWeight`); sums int32 [out], each row's sum of integers, by which the activations' zero
-    point is taken off; activation float32 [steps, 2], scale and zero, or None for weights alone; correction float32 [steps, 2, out],
+    point is taken off; activation float32 [steps, 2], scale and zero, or None for weights alone; smooth float32 [in channels], by which
+    inputs are divided and weights were multiplied before they were packed, or None; correction float32 [steps, 2, out],
     scale and shift of the output, or None. The tables stay float32 whatever dtype the module is moved to: bfloat16 has too few digits
     for a scale. Inputs that are not finite are not passed on as such: int8 has no NaN.
     """
@@ -186,11 +187,14 @@ class _QuantLayer(nn.Module):
     zero: Tensor | None
     sums: Tensor
     activation: Tensor | None
+    smooth: Tensor | None
     correction: Tensor | None
     bias: Tensor | None
     _like: Tensor
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, like: Tensor, step: Step, ranges: Tensor | None) -> None:
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, like: Tensor, step: Step, ranges: Tensor | None, smooth: Tensor | None
+    ) -> None:
         super().__init__()
         self.step, self.columns = step, weight.columns
         self._cpu_is_exact = cpu_is_exact()
@@ -208,6 +212,7 @@ class _QuantLayer(nn.Module):
                 raise ValueError("ranges must be finite and hold 0: low ends of at most 0, high ends of at least 0")
             ranges = torch.stack(scale_and_zero(low, high), 1)
         self.register_buffer("activation", ranges)
+        self.register_buffer("smooth", smooth)
         self.register_buffer("correction", None)
         step.on(like.device)  # made here: a compiled forward only reads it
 
@@ -226,7 +231,12 @@ class _QuantLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """The dequantised weight, float32 [out, in]."""
-        return self.integers().float() * self.scale[:, None]
+        matrix = self.integers().float() * self.scale[:, None]
+        return matrix if self.smooth is None else matrix / self.smooth.repeat(self.columns // len(self.smooth))
+
+    def _channels(self, table: Tensor) -> Tensor:
+        """[channels] shaped so that it broadcasts over the input."""
+        return table
 
     def correct(self, correction: AffineCorrection | None) -> None:
         """Sets what brings each step's output, bias included, closer to the unquantised layer's; None takes it off.
@@ -243,7 +253,8 @@ class _QuantLayer(nn.Module):
         """(int8 of x's shape, scale [1], zero [1])."""
         assert self.activation is not None
         scale, zero = self.activation.index_select(0, self.step.on(x.device)).unbind(1)
-        return torch.addcmul(zero, x.float(), scale.reciprocal()).round_().clamp_(-128, 127).to(torch.int8), scale, zero
+        factor = scale.reciprocal() if self.smooth is None else self._channels((scale * self.smooth).reciprocal())
+        return torch.addcmul(zero, x.float(), factor).round_().clamp_(-128, 127).to(torch.int8), scale, zero
 
     def _corrected(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Bias and correction taken into the scale and shift [out] of the output."""
@@ -276,7 +287,7 @@ class _QuantLayer(nn.Module):
         if self.activation is None:
             return x.float()
         q, scale, zero = self._quantise(x)
-        return (q - zero) * scale
+        return (q - zero) * (scale if self.smooth is None else self._channels(scale * self.smooth))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         tables = {name: b for name, b in self._buffers.items() if name != "_like" and b is not None and b.dtype == torch.float32}
@@ -310,13 +321,16 @@ class QuantLinear(_QuantLayer):
         step: Shared with the other layers; says which row of `ranges` holds.
         ranges: float32 [steps, 2], low and high ends of the input at each step; None leaves activations as they are.
         bits: Of a weight: 8 or 4.
+        smooth: float32 [in], see `ChannelPeaks.smoothing`; `ranges` are then those of the divided input.
 
     Raises:
-        ValueError: `bits` or the shape of `ranges` is wrong, or the weight is not finite.
+        ValueError: `bits` or the shape of a table is wrong, or the weight is not finite.
     """
 
-    def __init__(self, linear: nn.Linear, step: Step, ranges: Tensor | None, bits: Bits = 8) -> None:
-        super().__init__(quantise_weight(linear.weight, bits), linear.bias, linear.weight, step, ranges)
+    def __init__(self, linear: nn.Linear, step: Step, ranges: Tensor | None, bits: Bits = 8, smooth: Tensor | None = None) -> None:
+        smooth = _smooth(smooth, linear.in_features, linear.weight)
+        matrix = linear.weight if smooth is None else linear.weight.detach().float() * smooth
+        super().__init__(quantise_weight(matrix, bits), linear.bias, linear.weight, step, ranges, smooth)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     @property
@@ -341,17 +355,19 @@ class QuantConv2d(_QuantLayer):
 
     Args:
         conv: The layer, ungrouped; its bias is shared, its weight is not kept.
-        step, ranges, bits: As for `QuantLinear`.
+        step, ranges, bits, smooth: As for `QuantLinear`.
 
     Raises:
         ValueError: The convolution is grouped, or as for `QuantLinear`.
     """
 
-    def __init__(self, conv: nn.Conv2d, step: Step, ranges: Tensor | None, bits: Bits = 8) -> None:
+    def __init__(self, conv: nn.Conv2d, step: Step, ranges: Tensor | None, bits: Bits = 8, smooth: Tensor | None = None) -> None:
         if conv.groups != 1:
             raise ValueError(f"conv.groups must be 1, not {conv.groups}: a grouped convolution is no single product")
-        matrix = conv.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, so that a window copies whole pixels
-        super().__init__(quantise_weight(matrix, bits), conv.bias, conv.weight, step, ranges)
+        smooth = _smooth(smooth, conv.in_channels, conv.weight)
+        pixels = conv.weight.permute(0, 2, 3, 1)  # channels last, so that a window copies whole pixels
+        matrix = (pixels if smooth is None else pixels.detach().float() * smooth).flatten(1)
+        super().__init__(quantise_weight(matrix, bits), conv.bias, conv.weight, step, ranges, smooth)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
         self.stride = (int(conv.stride[0]), int(conv.stride[1]))
@@ -363,6 +379,9 @@ class QuantConv2d(_QuantLayer):
     def weight(self) -> Tensor:
         """The dequantised weight [out, in, height, width], made anew at each reading."""
         return self._kernel().to(self._like.dtype)
+
+    def _channels(self, table: Tensor) -> Tensor:
+        return table[:, None, None]
 
     def _kernel(self) -> Tensor:
         return self.matrix().view(self.out, *self.kernel_size, self.in_channels).permute(0, 3, 1, 2)
@@ -396,6 +415,15 @@ class QuantConv2d(_QuantLayer):
         if input.is_contiguous():  # some callers .view() what they get
             y = y.contiguous()
         return y if input.ndim == 4 else y[0]
+
+
+def _smooth(smooth: Tensor | None, channels: int, like: Tensor) -> Tensor | None:
+    if smooth is None:
+        return None
+    smooth = smooth.detach().float().to(like.device)
+    if smooth.shape != (channels,) or not (smooth.isfinite() & (smooth > 0)).all():
+        raise ValueError(f"smooth must be [{channels}], positive and finite, one per input channel, not {list(smooth.shape)}")
+    return smooth
 
 
 def _alias(tensor: Tensor) -> nn.Parameter:
@@ -450,6 +478,7 @@ def quantised(
     keep_float: Sequence[str] = (),
     smallest: int = 0,
     step: Step | None = None,
+    smooth: Mapping[str, Tensor] | None = None,
 ) -> Quantised:
     """Builds a quantised copy of a denoiser; the original is not touched.
 
@@ -465,6 +494,7 @@ def quantised(
         keep_float: Names of layers that are left alone.
         smallest: Layers with fewer weights are left alone.
         step: To be shared with other modules; a new one unless told.
+        smooth: By layer, what `ChannelPeaks.smoothing` returned; `ranges` are then those measured with it. Only with 8-bit activations.
 
     Raises:
         ValueError: An argument is none of these, names a layer that there is not, disagrees on the number of steps, nothing is left to
@@ -511,7 +541,8 @@ def quantised(
         bits[name] = 8 if weights == "int8" or name in keep_8bit else 4
         table = tables[name] if activations == "int8" else None
         kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
-        memo[id(layer)] = kind(layer, step, table, bits[name]).train(layer.training)  # type: ignore[arg-type]
+        divided = (smooth or {}).get(name) if table is not None else None
+        memo[id(layer)] = kind(layer, step, table, bits[name], divided).train(layer.training)  # type: ignore[arg-type]
     if not bits:
         raise ValueError(f"module has no layer to quantise; left alone: {kept}")
     for parameter in module.parameters():
@@ -562,7 +593,7 @@ class WeightBytes:
 
     Attributes:
         weights: Of Linear and Conv2d layers, quantised or not.
-        scales: Scales, zeros and row sums of quantised weights.
+        scales: Scales, zeros, row sums and smoothing of quantised weights.
         steps: Activation scales of all steps.
         corrections: Of outputs, at all steps.
         rest: Biases, norms, embeddings and all else.
@@ -591,7 +622,7 @@ def weight_bytes(module: nn.Module) -> WeightBytes:
             kind = "rest"
             if isinstance(child, _QuantLayer):
                 kind = {"packed": "weights", "activation": "steps", "correction": "corrections"}.get(name, kind)
-                kind = "scales" if name in ("scale", "zero", "sums") else kind
+                kind = "scales" if name in ("scale", "zero", "sums", "smooth") else kind
             elif name == "weight" and isinstance(child, nn.Linear | nn.Conv2d):
                 kind = "weights"
             counts[kind] += tensor.nbytes

@@ -6,7 +6,7 @@ CacheQuant (arXiv 2503.01323) gives every layer one scale and zero per sampler s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -67,6 +67,75 @@ def layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_modules() if type(child) in (nn.Linear, nn.Conv2d)}
 
 
+def channel_dim(layer: nn.Module) -> int:
+    """Which dimension of a layer's input the channels are."""
+    return -3 if isinstance(layer, nn.Conv2d) else -1
+
+
+def along(table: Tensor, layer: nn.Module) -> Tensor:
+    """[channels] shaped so that it broadcasts over the layer's input."""
+    return table.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else table
+
+
+class ChannelPeaks:
+    """Largest magnitude of every input channel of all layers, over whatever runs: what smoothing goes by.
+
+    with peaks.watch(pipe.transformer):
+        ...                                # run
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watch(self, module: nn.Module) -> Iterator[ChannelPeaks]:
+        """Measures whatever runs through `module` inside the `with` block; leaves the module as it was."""
+
+        def hook(name: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+            def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                value = (args[0] if args else kwargs["input"]).detach()
+                if value.numel():
+                    now = value.abs().movedim(channel_dim(layer), -1).flatten(0, -2).amax(0).float()
+                    self.peaks[name] = torch.maximum(self.peaks[name], now) if name in self.peaks else now
+
+            return layer.register_forward_pre_hook(look, with_kwargs=True)
+
+        handles = [hook(name, layer) for name, layer in layers(module).items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def smoothing(self, module: nn.Module, strength: float = 0.5) -> dict[str, Tensor]:
+        """By what each layer's input channels are divided, and its weights multiplied (SmoothQuant, arXiv 2211.10438).
+
+        The grid of an input is one for all channels: those with large entries leave the others few of its points. Half of the spread, on
+        a logarithmic scale, is moved into the weights, whose grids belong to the output channels.
+
+        Args:
+            module: The denoiser that was watched.
+            strength: 0 leaves all with the inputs, 1 moves all to the weights (the paper's 0.5).
+
+        Returns:
+            float32 [in channels] for each layer that ran.
+        """
+        found = {}
+        for name, layer in layers(module).items():
+            if name not in self.peaks:
+                continue
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            weight = layer.weight.detach().float().abs()
+            weights = weight.amax(0) if weight.ndim == 2 else weight.amax((0, 2, 3))
+            inputs = self.peaks[name].to(weights.device)
+            if len(inputs) != len(weights):
+                continue  # a grouped convolution, which is not quantised
+            factor = inputs.clamp_min(1e-5) ** strength / weights.clamp_min(1e-5) ** (1 - strength)
+            factor = torch.where((inputs > 0) & (weights > 0) & inputs.isfinite(), factor, torch.ones_like(factor))
+            found[name] = (factor / factor.log().mean().exp()).clamp(1e-2, 1e2)
+        return found
+
+
 class ActivationRanges:
     """Watches the inputs of all layers during full-compute runs.
 
@@ -79,6 +148,7 @@ class ActivationRanges:
 
     Args:
         steps: Of a run.
+        smooth: By what inputs are divided channel by channel before they are measured; see `ChannelPeaks.smoothing`.
         percentiles: Candidates for where to cut.
         smoothing: Weight of the steps before; the step's own measurement has the rest. CacheQuant's .9/.1 is read as .1 for the past:
             the other way round a range would lag ten steps behind, longer than many of today's samplers run.
@@ -88,7 +158,15 @@ class ActivationRanges:
         ValueError: A value is out of range.
     """
 
-    def __init__(self, steps: int, *, percentiles: tuple[float, ...] = PERCENTILES, smoothing: float = 0.1, sample: int = SAMPLE) -> None:
+    def __init__(
+        self,
+        steps: int,
+        *,
+        smooth: Mapping[str, Tensor] | None = None,
+        percentiles: tuple[float, ...] = PERCENTILES,
+        smoothing: float = 0.1,
+        sample: int = SAMPLE,
+    ) -> None:
         if not percentiles or not all(0.5 < p <= 1 for p in percentiles):
             raise ValueError(f"percentiles must be from above 0.5 to 1, at least one of them, not {percentiles!r}")
         if not 0 <= smoothing < 1:
@@ -96,6 +174,7 @@ class ActivationRanges:
         if type(sample) is not int or sample < 256:
             raise ValueError(f"sample must be a whole number of at least 256, not {sample!r}")
         self.step = Step(steps)
+        self.smooth = dict(smooth or {})
         self.percentiles, self.smoothing, self.sample = tuple(percentiles), smoothing, sample
         self._sums: dict[str, Tensor] = {}
         """[steps, percentiles, 4] per layer, in the order of their first calls: low, high, error, calls."""
@@ -111,7 +190,10 @@ class ActivationRanges:
 
         def hook(name: str) -> torch.utils.hooks.RemovableHandle:
             def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-                self.add(name, args[0] if args else kwargs["input"])
+                value = args[0] if args else kwargs["input"]
+                if name in self.smooth:
+                    value = value / along(self.smooth[name].to(value.device), found[name])
+                self.add(name, value)
 
             return found[name].register_forward_pre_hook(look, with_kwargs=True)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.plan import Action, Plan, PlanError
     from hasten.accelerators.caching.report import RunReport
     from hasten.accelerators.caching.runtime import attach
+    from hasten.accelerators.caching.skip_guidance import SkipGuidance
     from hasten.accelerators.caching.teacache import TeaCache
     from hasten.accelerators.caching.trace import Trace
     from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain, trace
@@ -54,6 +55,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RunReport",
+    "SkipGuidance",
     "TeaCache",
     "Trace",
     "__version__",
@@ -80,6 +82,7 @@ _HOME = {
     "Plan": "hasten.accelerators.caching.plan",
     "PlanError": "hasten.accelerators.caching.plan",
     "RunReport": "hasten.accelerators.caching.report",
+    "SkipGuidance": "hasten.accelerators.caching.skip_guidance",
     "Trace": "hasten.accelerators.caching.trace",
     "accelerate": "hasten.pipelines.accelerated",
     "attach": "hasten.accelerators.caching.runtime",

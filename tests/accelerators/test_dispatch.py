@@ -216,7 +216,7 @@ class Listener:
     def scaled(self, scheduler: Any, timestep: Any) -> None:
         self.heard.append(f"scale {int(timestep)}")
 
-    def stepped(self, scheduler: Any, sample: Any) -> None:
+    def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
         self.heard.append("step")
         self.samples.append(sample)
 

@@ -162,7 +162,8 @@ def test_timesteps_may_be_numbers_scalars_or_one_for_each_row() -> None:
     expected = policy(sample, 7, seen)
     assert expected.shape == sample.shape and expected.abs().sum() > 0
     assert torch.equal(policy(sample, torch.tensor(7), seen), expected)
-    assert torch.equal(policy(sample, torch.tensor([7, 7, 7]), seen), expected)
+    torch.testing.assert_close(policy(sample, torch.tensor([7, 7, 7]), seen), expected)
+    torch.testing.assert_close(policy(sample, 7, seen, policy.remember(seen)), expected, rtol=0, atol=0)
     assert not torch.equal(policy(sample, 8, seen), expected)
 
 

@@ -141,13 +141,39 @@ class ReachPolicy(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, global_cond: Tensor) -> Tensor:
+    def remember(self, global_cond: Tensor) -> Tensor:
+        """What blocks attend to of an observation, [B, 1 + obstacles, width]: the same at every step of a chunk.
+
+        Args:
+            global_cond: [B, OBSERVATION] observations, in workspace units.
+
+        Raises:
+            ValueError: The shape does not fit.
+        """
+        position, displacement, ahead, x, y = self._seen(global_cond)
+        discs = global_cond.float()[:, 6:].unflatten(1, (-1, 3))
+        goal = self.goal(torch.cat([_turned(ahead, x, y), _turned(displacement, x, y) / SPEED], -1))
+        return torch.cat([goal, self.disc(torch.cat([_turned(discs[..., :2] - position, x, y), discs[..., 2:]], -1))], 1)
+
+    def _seen(self, global_cond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Position, displacement, the way to the goal, and its direction (x, y). In fp32 whatever the weights are: everything is seen from
+        the effector that faces the goal, so that where the scene lies and how it is turned need not be learned."""
+        entries = 6 + 3 * self.config.obstacles
+        if global_cond.ndim != 2 or global_cond.shape[1] != entries:
+            raise ValueError(f"global_cond must have shape [B, {entries}], not {list(global_cond.shape)}")
+        position, displacement, goal = global_cond.float()[:, None, :6].split(2, -1)
+        ahead = goal - position
+        x, y = (ahead / ahead.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)).split(1, -1)
+        return position, displacement, ahead, x, y
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, global_cond: Tensor, memory: Tensor | None = None) -> Tensor:
         """The predicted noise.
 
         Args:
             sample: [B, horizon, 2] noisy normalised actions.
             timestep: Of the training schedule: a number, a scalar tensor, or [B].
             global_cond: [B, OBSERVATION] observations, in workspace units.
+            memory: What `remember` returned for them; made here unless given.
 
         Returns:
             [B, horizon, 2], in the dtype of `sample`.
@@ -155,25 +181,18 @@ class ReachPolicy(ModelMixin, ConfigMixin):
         Raises:
             ValueError: A shape does not fit.
         """
-        horizon, entries = self.config.horizon, 6 + 3 * self.config.obstacles
+        horizon = self.config.horizon
         if sample.ndim != 3 or sample.shape[1:] != (horizon, 2):
             raise ValueError(f"sample must have shape [B, {horizon}, 2], not {list(sample.shape)}")
-        if global_cond.shape != (len(sample), entries):
+        if len(global_cond) != len(sample):
+            entries = 6 + 3 * self.config.obstacles
             raise ValueError(f"global_cond must have shape [{len(sample)}, {entries}], not {list(global_cond.shape)}")
         dtype = self.action_in.weight.dtype
-        times = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        times = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one for all rows is embedded once
         time = get_timestep_embedding(times, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)
-        time = self.time_out(F.silu(self.time_in(time.to(dtype))))[:, None]
-        # In fp32 whatever the weights are: everything as seen from the effector that faces the goal, so that where the scene lies and
-        # how it is turned need not be learned.
-        observed = global_cond.float()
-        position, displacement, goal = observed[:, None, :6].split(2, -1)
-        discs = observed[:, 6:].unflatten(1, (-1, 3))
-        ahead = goal - position
-        x, y = (ahead / ahead.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)).split(1, -1)
-        seen_goal = self.goal(torch.cat([_turned(ahead, x, y), _turned(displacement, x, y) / SPEED], -1))
-        seen_discs = self.disc(torch.cat([_turned(discs[..., :2] - position, x, y), discs[..., 2:]], -1))
-        memory = torch.cat([time, seen_goal, seen_discs], 1)
+        time = self.time_out(F.silu(self.time_in(time.to(dtype))))[:, None].expand(len(sample), -1, -1)
+        *_, x, y = self._seen(global_cond)
+        memory = torch.cat([time, self.remember(global_cond) if memory is None else memory], 1)
         hidden_states = self.action_in(_turned(sample.float(), x, y).to(dtype)) + self.places + time
         for block in self.blocks:
             hidden_states = block(hidden_states, memory)
@@ -198,7 +217,7 @@ def new_scheduler() -> DDPMScheduler:
 
 @torch.no_grad()
 def sample_actions(
-    policy: Callable[[Tensor, Tensor, Tensor], Tensor],
+    policy: Callable[..., Tensor],
     scheduler: Any,
     observations: Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
@@ -211,7 +230,7 @@ def sample_actions(
             waypoints = sample_actions(policy, scheduler, observations, generator, session=session)
 
     Args:
-        policy: A `ReachPolicy`, or what is called like one.
+        policy: A `ReachPolicy`, which embeds the observations once, or a function of sample, timestep and observations.
         scheduler: A diffusers scheduler; its `step` is given the generator.
         observations: [B, OBSERVATION], see `hasten.pipelines.zoo.reach.observe`.
         generator: One for the batch or a list of one for each row, by which a row does not depend on the others.
@@ -226,9 +245,10 @@ def sample_actions(
     """
     sample = randn_tensor((len(observations), HORIZON, 2), generator=generator, device=observations.device, dtype=torch.float32)
     scheduler.set_timesteps(num_inference_steps, device=observations.device)
+    known = {"memory": policy.remember(observations)} if isinstance(policy, ReachPolicy) else {}
     for i, timestep in enumerate(scheduler.timesteps):
         with nullcontext() if session is None else session.step(i):
-            noise = policy(sample, timestep, observations)
+            noise = policy(sample, timestep, observations, **known)
         sample = scheduler.step(noise, timestep, sample, generator=generator, return_dict=False)[0]
     return observations[:, None, :2].float() + SCALE * sample
 
@@ -244,7 +264,7 @@ class Sampler:
 
     def __init__(
         self,
-        policy: Callable[[Tensor, Tensor, Tensor], Tensor],
+        policy: Callable[..., Tensor],
         scheduler: Any,
         seeds: Sequence[int],
         num_inference_steps: int = 100,

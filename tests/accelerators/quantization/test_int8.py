@@ -26,7 +26,7 @@ from hasten.accelerators.quantization.int8 import (
     quantised,
     weight_bytes,
 )
-from hasten.accelerators.quantization.ranges import ActivationRanges, Step, layers, scale_and_zero
+from hasten.accelerators.quantization.ranges import ActivationRanges, ChannelPeaks, Step, layers, scale_and_zero
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +188,33 @@ def test_weights_alone_leave_activations_as_they_are() -> None:
     layer = QuantLinear(linear, Step(1), None)
     x = 100 * randn(0, 4, 12)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, linear.bias))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_smoothing_moves_outlying_channels_into_the_weights(kind: str) -> None:
+    torch.manual_seed(0)
+    layer: nn.Module = nn.Linear(32, 24) if kind == "linear" else nn.Conv2d(32, 24, 3, padding=1)
+    spread = torch.logspace(-1, 1.5, 32)
+    x = torch.randn(64, 32) * spread if kind == "linear" else torch.randn(2, 32, 6, 6) * spread[:, None, None]
+    net, errors, wanted = nn.Sequential(layer), [], layer(x)
+    peaks = ChannelPeaks()
+    with peaks.watch(net):
+        net(x)
+    for strength in (0.0, 0.5):
+        smooth = peaks.smoothing(net, strength) if strength else {}
+        ranges = ActivationRanges(1, smooth=smooth)
+        with ranges.watch(net):
+            net(x)
+        made = quantised(net, ranges, smooth=smooth)
+        errors.append(float((made.module(x) - wanted).norm() / wanted.norm()))
+        held = made.module[0]  # type: ignore[index]
+        torch.testing.assert_close(held.weight, layer.weight, rtol=0.2, atol=0.02)  # type: ignore[arg-type]
+        exact = made.module(x)
+        held._cpu_is_exact = False
+        torch.testing.assert_close(made.module(x), exact, rtol=1e-4, atol=1e-4)
+    assert errors[1] < 0.6 * errors[0]
+    with pytest.raises(ValueError, match=r"smooth must be \[32\]"):
+        quantised(net, ranges, smooth={"0": torch.zeros(32)})
 
 
 def test_the_step_chooses_the_scale_without_touching_the_layer() -> None:
