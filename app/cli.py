@@ -46,7 +46,13 @@ if TYPE_CHECKING:
 SAMPLE_CAPTION = "a small red circle left of a large blue square"
 """What a model is called with where only its blocks are of interest."""
 
-BENCHMARKS = ("caching",)
+BENCHMARKS = {
+    "caching": "caching",
+    "caching-rivals": "rivals",
+    "caching-policy": "policy",
+    "caching-cachequant": "cachequant",
+}
+"""Their modules in `hasten.benchmarks`."""
 
 
 class OneLineErrors(TyperGroup):
@@ -427,6 +433,10 @@ def bench(
 
     \b
     hasten bench caching --quick --json caching.json
+
+    caching: Delta-DiT against fewer steps, what the runtime costs. caching-rivals: the planner against cache-dit, diffusers' own caches
+    and fewer steps (about an hour; the others' packages come with \\[bench]). caching-policy: BAC and the planner in a robot's policy.
+    caching-cachequant: the parts of CacheQuant on a UNet.
     """
     from importlib import import_module
 
@@ -436,7 +446,7 @@ def bench(
         raise errors.BadInput(f"NAME must be one of {', '.join(BENCHMARKS)}, not {name!r}")
     if json is not None:
         check_target("--json", json)
-    raise typer.Exit(import_module(f"hasten.benchmarks.{name}").run(quick, json))
+    raise typer.Exit(import_module(f"hasten.benchmarks.{BENCHMARKS[name]}").run(quick, json))
 
 
 def main() -> None:

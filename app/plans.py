@@ -122,6 +122,7 @@ def make(
             held_out=held_out,
             seed=ready.job.seed,
             batch=ready.job.batch,
+            checkpoint=out.with_name(f"{out.name}.partial"),
             num_inference_steps=ready.job.steps,
             **ready.job.arguments,
         )

@@ -1,6 +1,6 @@
 """CacheQuant on the shapes UNet: what each of its parts does to the error, and what is left of the accuracy.
 
-    python -m hasten.benchmarks.cachequant
+    hasten bench caching-cachequant
 
 The order is the paper's: the deep branch at an even interval with 8-bit layers and nothing else, then the dynamic schedule, then the two
 corrections.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hasten.accelerators.caching.cachequant import CacheQuant
 from hasten.accelerators.caching.deepcache import DeepCache
 from hasten.benchmarks.harness import (
     Bar,
+    BenchError,
     Results,
     bars_table,
     check_target,
@@ -47,6 +49,8 @@ STEPS, INTERVAL = 50, 5
 POINTS, BYTES = 2.0, 0.27
 """The bars: accuracy within two points of full compute, weights over those in fp32."""
 CALIBRATION_SEED, HELD_OUT_SEED = 20_260_301, 20_260_302
+FULL: dict[str, Any] = {"captions": 512, "batch": 64, "calibration": 32}
+QUICK: dict[str, Any] = {"captions": 64, "batch": 32, "calibration": 16}
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def page(results: Results) -> str:
     )
     parts = [
         "# CacheQuant, measured",
-        "Written by `python -m hasten.benchmarks.cachequant`, never by hand.",
+        "Written by `hasten bench caching-cachequant`, never by hand.",
         surroundings(results),
         about,
         table(head, lines),
@@ -208,30 +212,50 @@ def page(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m hasten.benchmarks.cachequant`."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.cachequant", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--captions", type=int, default=512, help="held-out captions (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="captions in a call (default: %(default)s)")
-    parser.add_argument("--calibration", type=int, default=32, help="captions to calibrate on (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", default=PAGE, help="write the page there")
-    options = parser.parse_args(arguments)
-    check_target(options.json, "--json")
-    check_target(options.docs, "--docs")
+def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:
+    """Runs the benchmark and writes its page.
+
+    Args:
+        quick: Small settings, within ten minutes on two cores; writes a page only where it is told to.
+        json_path: Where the JSON goes, or None.
+        docs: Where the page goes; in a source checkout docs/results/caching-cachequant.md, after a full run.
+        settings: Of `execute`, in place of the quick or full ones.
+
+    Returns:
+        Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
+    """
+    docs = docs if docs is not None or quick else PAGE
+    try:
+        check_target(json_path, "--json")
+        check_target(docs, "--docs")
+    except BenchError as error:
+        print(f"hasten bench caching-cachequant: {error}", file=sys.stderr)
+        return 2
     with progress_bar() as bar:
 
         def note(text: str, total: int) -> Callable[[], None]:
             task = bar.add_task(text, total=total)
             return lambda: bar.advance(task)
 
-        results = execute(options.captions, options.batch, options.calibration, note)
-    if options.json is not None:
-        results.write_json(options.json)
-    if options.docs is not None:
-        write_text(options.docs, page(results))
+        results = execute(**{**(QUICK if quick else FULL), **settings}, note=note)
+    if json_path is not None:
+        results.write_json(json_path)
+    if docs is not None:
+        write_text(docs, page(results))
     print(bars_table(results.bars))
     return 0 if results.all_hold else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m hasten.benchmarks.cachequant`."""
+    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.cachequant", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--captions", type=int, default=FULL["captions"], help="held-out captions (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=FULL["batch"], help="captions in a call (default: %(default)s)")
+    parser.add_argument("--calibration", type=int, default=FULL["calibration"], help="captions to calibrate on (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--docs", type=Path, metavar="FILE", default=PAGE, help="write the page there")
+    options = parser.parse_args(arguments)
+    return run(False, options.json, options.docs, captions=options.captions, batch=options.batch, calibration=options.calibration)
 
 
 if __name__ == "__main__":

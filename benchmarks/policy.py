@@ -1,6 +1,6 @@
 """Caching in a robot's policy: block-wise adaptive caching on `reach`, for time and for success.
 
-    python -m hasten.benchmarks.policy
+    hasten bench caching-policy
 
 A policy call is 100 DDPM steps of a transformer on 32 observations. Success is that of whole episodes in the simulator, the same scenes and
 noise for all.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hasten.accelerators.caching.runtime import Session
 from hasten.accelerators.caching.trace import Trace
 from hasten.benchmarks.harness import (
     Bar,
+    BenchError,
     Results,
     bars_table,
     check_target,
@@ -53,6 +55,8 @@ COMPUTED = (18, 14, 11, 9)
 """Steps that the planner computes in full."""
 PLANNER = "planner"
 FIRST_SEED, CALIBRATION_SEED = 10_000_000, 20_000_000
+FULL: dict[str, Any] = {"episodes": 1000, "rounds": 7, "updates": (7, 10, 14, 17)}
+QUICK: dict[str, Any] = {"episodes": 200, "rounds": 3, "updates": (10, 17)}
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ def page(results: Results) -> str:
     ]
     return "\n\n".join([
         "# Caching in a policy, measured",
-        "Written by `python -m hasten.benchmarks.policy`, never by hand.",
+        "Written by `hasten bench caching-policy`, never by hand.",
         surroundings(results),
         f"`reach`, {STEPS} DDPM steps, calls of {BATCH} observations timed in turns ({s['rounds']} rounds); success of {s['episodes']} "
         "episodes, the same scenes and noise for all. Schedules are calibrated on one scene. An idle step reuses everything.",
@@ -232,30 +236,50 @@ def page(results: Results) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m hasten.benchmarks.policy`."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.policy", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--episodes", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each variant (default: %(default)s)")
-    parser.add_argument("--updates", type=int, nargs="+", default=[7, 10, 14, 17], help="of each part (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", default=PAGE, help="write the page there")
-    options = parser.parse_args(arguments)
-    check_target(options.json, "--json")
-    check_target(options.docs, "--docs")
+def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:
+    """Runs the benchmark and writes its page.
+
+    Args:
+        quick: Small settings, within ten minutes on two cores; writes a page only where it is told to.
+        json_path: Where the JSON goes, or None.
+        docs: Where the page goes; in a source checkout docs/results/caching-policy.md, after a full run.
+        settings: Of `execute`, in place of the quick or full ones.
+
+    Returns:
+        Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
+    """
+    docs = docs if docs is not None or quick else PAGE
+    try:
+        check_target(json_path, "--json")
+        check_target(docs, "--docs")
+    except BenchError as error:
+        print(f"hasten bench caching-policy: {error}", file=sys.stderr)
+        return 2
     with progress_bar() as bar:
 
         def note(text: str, total: int) -> Callable[[], None]:
             task = bar.add_task(text, total=total)
             return lambda: bar.advance(task)
 
-        results = execute(options.episodes, options.rounds, options.updates, note)
-    if options.json is not None:
-        results.write_json(options.json)
-    if options.docs is not None:
-        write_text(options.docs, page(results))
+        results = execute(**{**(QUICK if quick else FULL), **settings}, note=note)
+    if json_path is not None:
+        results.write_json(json_path)
+    if docs is not None:
+        write_text(docs, page(results))
     print(bars_table(results.bars))
     return 0 if results.all_hold else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m hasten.benchmarks.policy`."""
+    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.policy", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--episodes", type=int, default=FULL["episodes"], help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=FULL["rounds"], help="timings of each variant (default: %(default)s)")
+    parser.add_argument("--updates", type=int, nargs="+", default=FULL["updates"], help="of each part (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--docs", type=Path, metavar="FILE", default=PAGE, help="write the page there")
+    options = parser.parse_args(arguments)
+    return run(False, options.json, options.docs, episodes=options.episodes, rounds=options.rounds, updates=options.updates)
 
 
 if __name__ == "__main__":

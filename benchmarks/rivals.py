@@ -1,6 +1,6 @@
 """The planner against every other way to save the same time: other projects' caches, simpler methods, and fewer steps.
 
-    python -m hasten.benchmarks.rivals
+    hasten bench caching-rivals
 
 On the trained models, with a first-order and a second-order solver each, on the same captions and noise. A rival's error at a speed-up is
 read off its own front of measured time and error, between settings and never beyond them.
@@ -470,7 +470,7 @@ def page(results: Results, picture: str | None) -> str:
     s = results.settings
     lines = [
         "# The planner against its rivals, measured",
-        "Written by `python -m hasten.benchmarks.rivals`, never by hand.",
+        "Written by `hasten bench caching-rivals`, never by hand.",
         surroundings(results),
         f"{STEPS} steps, the same noise for all. Times: {s['captions']} held-out captions in one call; variants take turns, with a plain "
         f"run after every {s['between']} of them ({s['rounds']} rounds). Errors: {s['captions'] * (s['more'] + 1)} captions for the "
@@ -524,8 +524,23 @@ def _against_converged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [text, table(["", *(f"{at:g}x" for at in SPEEDUPS)], cells)]
 
 
-def run(settings: Settings, json_path: Path | None = None, docs: Path | None = PAGE) -> int:
-    """Runs the benchmark and writes its page; 0 where every bar holds, 1 where one does not, 2 where it could not be run."""
+QUICK = Settings(("shapes-flow, DPM++ 2M",), captions=4, more=1, calibration=4, accuracy=64)
+
+
+def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, *, settings: Settings | None = None) -> int:
+    """Runs the benchmark and writes its page.
+
+    Args:
+        quick: One case and few captions, within ten minutes on two cores; writes a page only where it is told to.
+        json_path: Where the JSON goes, or None.
+        docs: Where the page goes; in a source checkout docs/results/caching-rivals.md, after a full run.
+        settings: In place of the quick or full ones.
+
+    Returns:
+        Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
+    """
+    docs = docs if docs is not None or quick or settings is not None else PAGE
+    settings = settings or (QUICK if quick else Settings())
     try:
         check_target(json_path, "--json")
         check_target(docs, "--docs")
@@ -533,7 +548,7 @@ def run(settings: Settings, json_path: Path | None = None, docs: Path | None = P
         print(f"hasten bench rivals: {error}", file=sys.stderr)
         return 2
     steady_memory()
-    results = Results("caching-rivals", False, settings={**vars(settings), "cases": list(settings.cases)})
+    results = Results("caching-rivals", quick, settings={**vars(settings), "cases": list(settings.cases)})
     with progress_bar() as bar:
         for case in settings.cases:
             task = bar.add_task(case, total=None)
@@ -614,7 +629,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BenchError as error:
         print(f"hasten bench rivals: {error}", file=sys.stderr)
         return 2
-    return run(settings, options.json, options.docs or (PAGE if options.case is None else None))
+    return run(False, options.json, options.docs or (PAGE if options.case is None else None), settings=settings)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from hasten.accelerators.caching.runtime import Session, TraceKey, compute_all
 from hasten.accelerators.caching.segments import Span
 from hasten.accelerators.caching.trace import Trace, format_bytes, weight_facts
 from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, denoisers_of, parse_bytes, trace
+from hasten.pipelines.checkpoint import Checkpoint
 
 PROBES = 12
 """Steps whose sensitivity is measured; those between are interpolated."""
@@ -81,6 +84,15 @@ class Runs:
         return math.ceil(len(self.prompts) / self.batch)
 
     @property
+    def identity(self) -> Any:
+        """Plain data that tells these runs from others."""
+        return [type(self.pipe).__name__, str(self.pipe.scheduler.config), self.denoiser, self.prompts, self.seeds, self.batch, self.call]
+
+    def traced(self) -> Trace:
+        """A trace, from one denoiser call."""
+        return trace(self.pipe, list(self.prompts[: self.batch]), denoiser=self.denoiser, **{**self.call, "output_type": "latent"})
+
+    @property
     def parts(self) -> list[Runs]:
         """The same, a batch at a time."""
         return [self.some(slice(at, at + self.batch)) for at in range(0, len(self.prompts), self.batch)]
@@ -121,6 +133,17 @@ class Loops:
     @property
     def calls(self) -> int:
         return len(self.loops)
+
+    @property
+    def identity(self) -> Any:
+        """As far as functions can be told apart: how many there are. What they do must be the same when a calibration is resumed."""
+        return [type(self.module).__name__, len(self.loops), self.steps]
+
+    def traced(self) -> Trace:
+        """A trace, from one run of the first loop."""
+        _, session = self.some(slice(1)).run(ComputeAll(), lambda: None)
+        assert session.trace is not None
+        return session.trace
 
     @property
     def parts(self) -> list[Loops]:
@@ -167,53 +190,69 @@ class Measured:
     costs: StepCosts | None = None
 
 
-def measure(runs: Runs | Loops, steps: int, tick: Callable[[], None], probes: int = PROBES, budget: int = SKETCH_BYTES) -> Measured:
+def measure(
+    runs: Runs | Loops,
+    steps: int,
+    tick: Callable[[], None],
+    probes: int = PROBES,
+    budget: int = SKETCH_BYTES,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Measured:
     """Runs everything once in full, then once for each probed step with that step's offsets reused.
 
     Args:
         probes: Steps whose sensitivity is measured; without any, all steps count alike.
         budget: Most bytes of sketches.
+        checkpoint: File in which what was measured is kept until all is; None for none.
 
     Raises:
-        ValueError: No block can be cached as a span, or a loop that is to be probed returns no samples.
+        ValueError: No block can be cached as a span, a loop that is to be probed returns no samples, or the checkpoint is of another
+            calibration.
     """
-    grams, distances, latents, facts, trace = [], [], [], {}, None
-    for some in runs.parts:
+    kept = Checkpoint(checkpoint, [weight_facts(runs.module), runs.identity, steps, probes, budget])
+    found_trace: list[Trace] = []
+
+    def full_part(some: Runs | Loops) -> dict[str, np.ndarray]:
         sketches = Sketches(steps, runs.guidance_scale, runs.rows, budget)
         made, fast = some.run(ComputeAll(), tick, force_store=True, observe=sketches)
-        if fast.trace is not None and not fast.trace.sites:
+        assert fast.trace is not None and fast.report.plan is not None
+        if not fast.trace.sites:
             use = "DeepCache or CacheQuant, which cache its deep branch" if fast.trace.deep is not None else "another model"
             raise ValueError(f"no block of {fast.trace.model} can be cached as a span: use {use}")
-        latents.append(made)
-        grams.append(sketches.gram())
-        distances.append(sketches.distances())
-        trace, report = fast.trace, fast.report
-        assert report.plan is not None
-        facts = dict(report.plan.facts)
-    assert trace is not None
-    reference, gram = torch.cat(latents), np.concatenate(grams)
-    everything = compute_all(trace, steps).actions
-    probed = sorted({round(k) for k in np.linspace(1, steps - 1, max(1, min(probes, steps - 1)))})
-    found, full, reused, other = [], [], [], []
+        found_trace.append(fast.trace)
+        facts = np.array(json.dumps(dict(fast.report.plan.facts)))
+        return {"gram": sketches.gram(), "distances": sketches.distances(), "latents": made.numpy(), "facts": facts}
+
+    parts = [kept.remember(f"full{i}", lambda some=some: full_part(some)) for i, some in enumerate(runs.parts)]  # type: ignore[misc]
+    found = found_trace[-1] if found_trace else runs.traced()
+    facts = json.loads(str(parts[-1]["facts"]))
+    gram, distances = (np.concatenate([part[name] for part in parts]) for name in ("gram", "distances"))
+    reference = torch.from_numpy(np.concatenate([part["latents"] for part in parts]))
     levels = facts.get("sigmas")
-    known = Tables(gram, np.ones(steps), tuple(levels) if levels else None, np.concatenate(distances))
+    known = Tables(gram, np.ones(steps), tuple(levels) if levels else None, distances)
     if not probes:
-        return Measured(trace, known, reference, facts)
+        kept.finish()
+        return Measured(found, known, reference, facts)
     if not len(reference):
         raise ValueError("the sampling loop must return its samples, a tensor [rows, ...]: how much they suffer from an error is measured")
-    for k in probed:
+    everything = compute_all(found, steps).actions
+
+    def probe(k: int) -> dict[str, np.ndarray]:
         actions = everything.copy()
         actions[k] = Action.REUSE
-        made, fast = runs.run(Plan(actions, trace.sites), tick)
+        made, fast = runs.run(Plan(actions, found.sites), tick)
         seconds = fast.report.step_seconds
-        full.append(statistics.median(seconds[:k] + seconds[k + 1 :]))
-        reused.append(seconds[k])
-        other.append(max(0.0, fast.report.seconds - sum(seconds)) / steps)
         moved = np.sqrt(np.maximum(gram[:, k, k] + gram[:, k - 1, k - 1] - 2 * gram[:, k, k - 1], 1e-30))
-        found.append(typical(relative_errors(reference, made) / moved))
-    sensitivity = np.exp(np.interp(np.arange(steps), probed, np.log(np.maximum(found, 1e-12))))
-    costs = StepCosts(*(statistics.median(seconds) for seconds in (full, reused, other)))
-    return Measured(trace, replace(known, sensitivity=sensitivity), reference, facts, costs)
+        full = statistics.median(seconds[:k] + seconds[k + 1 :])
+        other = max(0.0, fast.report.seconds - sum(seconds)) / steps
+        return {"numbers": np.array([typical(relative_errors(reference, made) / moved), full, seconds[k], other])}
+
+    probed = sorted({round(k) for k in np.linspace(1, steps - 1, max(1, min(probes, steps - 1)))})
+    numbers = np.stack([kept.remember(f"probe{k}", lambda k=k: probe(k))["numbers"] for k in probed])  # type: ignore[misc]
+    sensitivity = np.exp(np.interp(np.arange(steps), probed, np.log(np.maximum(numbers[:, 0], 1e-12))))
+    costs = StepCosts(*(float(np.median(column)) for column in numbers[:, 1:].T))
+    kept.finish()
+    return Measured(found, replace(known, sensitivity=sensitivity), reference, facts, costs)
 
 
 @contextmanager
@@ -330,6 +369,7 @@ def calibrate(
     batch: int = 8,
     denoiser: str | None = None,
     table_budget: int | str = SKETCH_BYTES,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call: Any,
 ) -> Any:
@@ -349,6 +389,8 @@ def calibrate(
         batch: Prompts per call.
         denoiser: Which network, where there are several.
         table_budget: Most bytes of what is kept of the offsets, whatever the model.
+        checkpoint: A file in which what was measured is kept until the plan is made: the same call goes on where an interrupted one was.
+            For methods that are calibrated on tables of whole steps (the planner, MagCache, weighed BAC).
         progress: Whether to say on stderr how long it will take, and to show a bar.
         call: Arguments of the pipeline's call; `num_inference_steps` is needed.
 
@@ -394,7 +436,7 @@ def calibrate(
         of_blocks = getattr(method, "sites", "blocks") == "blocks"
         weighed = bool(getattr(method, "sensitivity", False))
         if of_blocks or weighed:
-            measured = measure(runs, steps, tick, PROBES if weighed else 0, budget)
+            measured = measure(runs, steps, tick, PROBES if weighed else 0, budget, checkpoint)
             found, tables, facts = measured.trace, measured.tables, measured.facts
         if not of_blocks:
             found, of_sites, facts = measure_sites(runs, method, steps, tick, budget)

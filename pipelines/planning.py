@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,7 @@ def plan(
     seed: int = 0,
     batch: int = 8,
     denoiser: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     **call: Any,
 ) -> Plan:
@@ -95,6 +97,7 @@ def plan(
         seed: Of the noise: prompt i gets seed + i.
         batch: Prompts per call.
         denoiser: Which network, where there are several.
+        checkpoint: A file in which what was measured is kept until all is: the same call goes on where an interrupted one was.
         progress: Whether to show a bar on stderr.
         call: Arguments of the pipeline's call; `num_inference_steps` is needed.
 
@@ -121,7 +124,7 @@ def plan(
     with progress_bar(progress) as bar:
         probes = min(PROBES, steps - 1)
         task = bar.add_task("measuring", total=known.calls * (1 + probes))
-        measured = measure(known, steps, lambda: bar.advance(task), probes)
+        measured = measure(known, steps, lambda: bar.advance(task), probes, checkpoint=checkpoint)
         replays = bar.add_task("replaying", total=None)
 
         def tick() -> None:

@@ -22,7 +22,7 @@ from hasten.accelerators.caching.plan import Action, PlanError
 from hasten.accelerators.caching.segments import Span, breaks_of
 from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read, unpacked
 from hasten.accelerators.caching.trace import Block, Stream, Trace, version_of
-from hasten.accelerators.dispatch import Call, Handler
+from hasten.accelerators.dispatch import Call, Handler, compiled_whole
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class PartState:
         finite: Whether a value may be used.
         corrections: For each site, for each step, what its stored value is corrected with.
         pack: What is done to a value that is stored.
+
+    Raises:
+        PlanError: A block was compiled after it was traced.
     """
 
     def __init__(
@@ -112,6 +115,12 @@ class PartState:
         self.modules = [denoiser.get_submodule(path) for path in sites]
         self.blocks: list[Block] = [trace.blocks[i] for i in trace.offered]
         self.block_modules = [denoiser.get_submodule(block.path) for block in self.blocks]
+        for block, module in zip(self.blocks, self.block_modules, strict=True):
+            if compiled_whole(module) and any(part.path in self.sites for part in block.parts):
+                raise PlanError(
+                    f"{block.path} is compiled, so the calls of its parts cannot be seen: cache whole blocks (Forecast, DeltaDiT), or "
+                    "compile the parts instead"
+                )
         self.corrections = corrections
         size = {part.path: part.bytes for part in trace.parts}
         self.bytes_planned = sum(size[path] for i, path in enumerate(sites) if any(i in row.keep for row in rows))

@@ -301,7 +301,7 @@ def test_version_and_help(run: Run) -> None:
         (["plan", "make", "TINY", "--prompts", "ONE", "--speedup", "2"], "--prompts must hold more captions than are held out (1), not 1"),
         (["plan", "make", "TINY", "--prompts", "TWO", "--speedup", "2", "--held-out", "2"], "than are held out (2), not 2"),
         (["plan", "make", "TINY", "--prompts", "TWO", "--speedup", "2", "--out", "."], "--out must be a file"),
-        (["bench", "patience"], "NAME must be one of caching"),
+        (["bench", "patience"], "NAME must be one of caching, caching-rivals"),
         (["conjure"], "conjure"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",

@@ -110,3 +110,65 @@ def test_what_cannot_be_calibrated(pipe: Any) -> None:
     for options, message in (({"interval": 0}, "interval"), ({"order": 3}, "order"), ({"start": 1.5}, "start"), ({"start": True}, "start")):
         with pytest.raises(ValueError, match=message):
             hasten.Forecast(**options)
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hasten.pipelines import calibration
+
+    whole = hasten.plan(pipe, PROMPTS, speedup=1.5, batch=1, progress=False, **CALL)
+    file, runs = tmp_path / "deep" / "plan.partial", 0
+    original = calibration.Runs.run
+
+    def stopping(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(calibration.Runs, "run", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        hasten.plan(pipe, PROMPTS, speedup=1.5, batch=1, progress=False, checkpoint=file, **CALL)
+    assert file.exists()
+    with pytest.raises(ValueError, match="of another calibration"):
+        hasten.plan(pipe, PROMPTS[::-1], speedup=1.5, batch=1, progress=False, checkpoint=file, **CALL)
+    resumed = hasten.plan(pipe, PROMPTS, speedup=1.5, batch=1, progress=False, checkpoint=file, **CALL)
+    assert np.array_equal(resumed.actions, whole.actions) and np.array_equal(resumed.weights, whole.weights)
+    assert not file.exists() and not list(file.parent.iterdir())
+    runs_needed = runs - 6
+    runs = 100
+    hasten.plan(pipe, PROMPTS, speedup=1.5, batch=1, progress=False, **CALL)
+    assert runs_needed == runs - 100 - 5, "the five runs that were done are not done again"
+    file.write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"cannot be read .*delete it"):
+        hasten.plan(pipe, PROMPTS, speedup=1.5, progress=False, checkpoint=file, **CALL)
+
+
+def test_a_plan_for_loops_of_ones_own() -> None:
+    from hasten.pipelines.zoo.reach.policy import load_policy, sample_actions
+    from hasten.pipelines.zoo.reach.simulator import observe, scenes_of, stream_of
+
+    policy, scheduler = load_policy()
+
+    def loop_from(first: int) -> Any:
+        seeds = range(first, first + 4)
+        scenes, _ = scenes_of(seeds)
+        seen = observe(scenes, scenes.start, torch.zeros_like(scenes.start))
+        return lambda session: sample_actions(policy, scheduler, seen, [stream_of(seed, 2) for seed in seeds], 20, session)
+
+    plan = hasten.plan(policy, [loop_from(1), loop_from(50)], speedup=1.8, num_inference_steps=20, progress=False)
+    assert plan.facts["certificate"]["held_out"] == 1 and plan.facts["certificate"]["replayed"] < 0.2
+    alone = hasten.plan(policy, loop_from(1), error=0.05, num_inference_steps=20, progress=False)
+    assert "replayed" not in alone.facts["certificate"] and alone.facts["certificate"]["predicted"] <= 0.05
+    with hasten.attach(policy, plan, num_inference_steps=20) as session:
+        loop_from(90)(session)
+    assert session.report.plan is not None and not session.report.reasons
+    with pytest.raises(ValueError, match="prompts must be a function"):
+        hasten.plan(policy, ["a caption"], speedup=2.0, num_inference_steps=20)
+    with pytest.raises(ValueError, match="must return its samples"):
+        hasten.plan(policy, lambda session: loop_from(1)(session).tolist(), speedup=2.0, num_inference_steps=20)
+    method = hasten.BAC(updates=6, sensitivity=True, shared=True)
+    weighed = hasten.calibrate(policy, loop_from(1), method, num_inference_steps=20, progress=False)
+    computed = weighed.actions[:, :, 0] == Action.COMPUTE
+    assert (computed.all(1) == computed.any(1)).all() and computed.all(1).sum() == 6
+    assert computed[10:].all(1).sum() >= 3, "the last steps count most"
