@@ -50,7 +50,7 @@ def some(test: str, *pipelines: str) -> dict[str, str]:
 
 
 TABLE: dict[str, tuple[Mistake, ...]] = {
-    "Delta-DiT, Forecast, FORA, FirstBlock, TeaCache": (
+    "Delta-DiT, Forecast, FORA, FirstBlock, TeaCache, SkipGuidance": (
         Mistake("A second pipeline of the same class", everywhere("test_mistakes::test_a_second_pipeline_of_the_same_class")),
         Mistake("Two wrappers on one transformer", everywhere("test_mistakes::test_two_wrappers_on_one_transformer")),
         Mistake(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hasten
+from hasten.accelerators.caching.compose import Composed
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.runtime import attach
 from hasten.pipelines.accelerated import ComputeAll
@@ -25,6 +26,7 @@ METHODS = {
     "fora": hasten.FORA(interval=2),
     "first-block": hasten.FirstBlock(threshold=1e9, warmup=1),
     "teacache": hasten.TeaCache(threshold=100.0),
+    "skip-guidance": Composed((hasten.Forecast(interval=2, start=1), hasten.SkipGuidance(interval=2, start=1))),
 }
 """Every rule and every decider, the latter set to reuse what they may; what needs calibration is carried out as a plan of the same kind."""
 every_pipeline = pytest.mark.parametrize("name", PIPELINES)
@@ -278,11 +280,12 @@ def test_guidance_in_two_calls_ends_part_way(ratio: float, method: Any) -> None:
     fast = hasten.accelerate(pipe, method)
     made = run(fast, call, cfg_trunc_ratio=ratio)
     report = fast.report
-    planned = report.planned.branch("branch0")
+    planned, executed = report.planned.blocks.branch("branch0"), report.plan.blocks
     guided_steps = int(6 * ratio)
-    assert np.array_equal(report.plan.branch("branch0"), planned)
-    assert np.array_equal(report.plan.branch("branch1")[:guided_steps], planned[:guided_steps])
-    assert not report.plan.branch("branch1")[guided_steps:].any()
+    assert np.array_equal(executed.branch("branch0"), planned)
+    called = [k for k in range(guided_steps) if not report.plan.skips[k]]
+    assert np.array_equal(executed.branch("branch1")[called], planned[called])
+    assert not executed.branch("branch1")[guided_steps:].any()
     assert not report.reasons
     plain = run(pipe, call, cfg_trunc_ratio=ratio)
     assert torch.equal(run(hasten.accelerate(pipe, ComputeAll()), call, cfg_trunc_ratio=ratio), plain)
@@ -358,7 +361,7 @@ def test_image_to_image_without_a_begin_index(begin: int, scale: bool, method: A
     fast(**call)
     assert fast.report.plan.steps == 6 - begin
     assert len(fast.report.plan.facts["sigmas"]) == 6 - begin
-    assert np.array_equal(fast.report.plan.actions, method.plan(fast.trace, 6 - begin).actions)
+    assert np.array_equal(fast.report.plan.blocks.actions, method.plan(fast.trace, 6 - begin).blocks.actions)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -396,7 +399,7 @@ def test_both_calls_of_a_second_order_step_share_a_row(name: str, method: Any) -
     fast = hasten.accelerate(pipe, method)
     made = run(fast, call)  # traces as well
     computed: list[int] = []
-    last = pipe.transformer.get_submodule(fast.report.plan.sites[-1])
+    last = pipe.transformer.get_submodule(fast.report.plan.blocks.sites[-1])
     hook = last.register_forward_hook(lambda *_: computed.append(1))
     assert torch.equal(run(fast, call), made)
     hook.remove()
@@ -405,7 +408,7 @@ def test_both_calls_of_a_second_order_step_share_a_row(name: str, method: Any) -
     assert not report.reasons and not report.warnings
     assert np.array_equal(report.plan.actions, report.planned.actions)
     per_row = [2] * 5 + [1]
-    assert len(computed) == sum(n for n, action in zip(per_row, report.plan.actions[:, -1, 0], strict=True) if action == 0)
+    assert len(computed) == sum(n for n, action in zip(per_row, report.plan.blocks.actions[:, -1, 0], strict=True) if action == 0)
     assert 0 < (made - plain).norm() < 0.2 * plain.norm()
 
 
@@ -433,7 +436,7 @@ def test_copies_of_the_scheduler_do_not_advance_the_step(method: Any) -> None:
     call = {"latents": randn(1, 2, 3, WIDTH), "cond": [randn(2, 2, 3, WIDTH)]}
     expected = fast(**call)
     assert torch.equal(fast(**call, on_step=use_a_copy), expected)
-    assert np.array_equal(fast.report.plan.actions, fast.report.planned.actions)
+    assert np.array_equal(fast.report.plan.blocks.actions, fast.report.planned.blocks.actions)
 
 
 def test_a_handover_to_another_denoiser_counts_as_no_history() -> None:
@@ -468,7 +471,7 @@ def test_a_pipeline_that_samples_twice_in_one_call(method: Any) -> None:
     assert torch.equal(fast(**call, rounds=2), fast(**{**call, "latents": once}))
     fast(**call, rounds=2)
     assert any("more than once" in warning for warning in fast.report.warnings)
-    assert np.array_equal(fast.report.plan.actions, fast.report.planned.actions)
+    assert np.array_equal(fast.report.plan.blocks.actions, fast.report.planned.blocks.actions)
 
 
 def test_going_back_in_a_loop_of_ones_own_forgets() -> None:
