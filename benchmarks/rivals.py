@@ -493,7 +493,7 @@ def page(results: Results, picture: str | None) -> str:
                 cells.append([family, *(f"{value:.4f}" if value is not None else "not reached" for value in values)])
         lines += [f"## {case}", table(head, cells), *_against_converged(mine), "<details><summary>every setting</summary>", ""]
         every = [
-            [row["family"], row["variant"], *([row["failed"], "", "", ""] if "failed" in row else _figures(row))]
+            [row["family"], row["variant"], *(["fails", "", "", ""] if "failed" in row else _figures(row))]
             for row in sorted(mine, key=lambda row: (row["family"], row.get("speedup", 0)))
         ]
         lines += [table(["method", "setting", "speed-up", "error", "typical", "converged"], every), "</details>"]
