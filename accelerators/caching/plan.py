@@ -431,6 +431,7 @@ class Plan:
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from matplotlib.ticker import MaxNLocator
 
         colours = {Action.COMPUTE: "#1f5fa8", Action.REUSE: "#f2c879", Action.FORECAST: "#7fb77e", Action.SKIP_BRANCH: "#b86f9b"}
         if isinstance(target, AxesType):
@@ -445,7 +446,10 @@ class Plan:
         for b in range(1, len(self.branches)):
             axes.axhline(b * len(self.sites) - 0.5, color="white", linewidth=2)
         axes.set_xlabel("step")
-        axes.set_ylabel("block" if self.branches == (ALL_BRANCHES,) else "block, per branch: " + ", ".join(self.branches))
+        names = ", ".join(self.guidance_branches)
+        alone = len(self.branches) == 1
+        axes.set_ylabel("block" if alone else f"block, per row ({names})" if ROW in self.branches[0] else f"block, per branch ({names})")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
         axes.set_title(title or f"{self.facts.get('method', 'plan')}: {100 * self.computed_fraction:.0f}% computed", fontsize=9)
         axes.legend(
             handles=[
