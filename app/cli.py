@@ -322,6 +322,10 @@ def plan_make(
         int | None,
         typer.Option("--held-out", metavar="N", help="Captions kept for the certificate. Default: a third.", rich_help_panel=DRAWING),
     ] = None,
+    replays: Annotated[
+        int | None,
+        typer.Option("--replays", metavar="N", help="Most schedules to try on the captions. Default: 14.", rich_help_panel=CACHING),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how long it would take.", rich_help_panel=OUTPUT)] = False,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
@@ -335,7 +339,7 @@ def plan_make(
     """Measure a model on a few captions and solve for its best plan.
 
     Runs the captions in full and, for some steps, with that step reused; then decides which steps to compute, fits the forecasts of the
-    others, replays the candidates, and certifies the best one on captions that were held out.
+    others, replays candidates and corrects itself by what they do, and certifies the best one on captions that were held out.
 
     [bold]Examples[/bold]
 
@@ -352,7 +356,7 @@ def plan_make(
     options = Options(
         model, "none", steps=steps, guidance=guidance, seed=seed, size=parse_size(size), batch=batch, dtype=dtype, device=device
     )
-    _finish(make(options, wanted, out, speedup=speedup, error=error, held_out=held_out, dry_run=dry_run), json)
+    _finish(make(options, wanted, out, speedup=speedup, error=error, held_out=held_out, replays=replays, dry_run=dry_run), json)
 
 
 @plan_app.command("show")

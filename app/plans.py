@@ -84,16 +84,19 @@ def make(
     speedup: float | None,
     error: float | None,
     held_out: int | None,
+    replays: int | None = None,
     dry_run: bool = False,
 ) -> Outcome:
     """Measures the model on the captions, solves for a plan and saves it.
 
     Args:
+        replays: Most schedules to try; the planner's default unless told.
         dry_run: Only say how long that would take and what it would keep.
 
     Raises:
         BadInput: An option is not allowed, or the target cannot be met.
     """
+    from hasten.accelerators.caching.repair import REPLAYS
     from hasten.app.drawing import check_number
 
     if (speedup is None) == (error is None):
@@ -102,6 +105,8 @@ def make(
     if error is not None and not error > 0:
         raise BadInput(f"--error must be positive, not {error:g}")
     check_number("--held-out", held_out, 1, whole=True)
+    check_number("--replays", replays, 1, whole=True)
+    limit = REPLAYS if replays is None else replays
     if len(captions) < 2 or (held_out or 1) >= len(captions):
         raise BadInput(f"--prompts must hold more captions than are held out ({held_out or 1}), not {len(captions)}")
     files.check_target("--out", out)
@@ -109,7 +114,9 @@ def make(
     if dry_run:
         from hasten.pipelines.planning import expected
 
-        told = expected(ready.model.pipe, captions, batch=ready.job.batch, num_inference_steps=ready.job.steps, **ready.job.arguments)
+        told = expected(
+            ready.model.pipe, captions, batch=ready.job.batch, num_inference_steps=ready.job.steps, replays=limit, **ready.job.arguments
+        )
         return Outcome({"seconds": told.seconds, "bytes": told.bytes, "denoiser_calls": told.calls}, f"measuring would take {told}")
     from hasten.pipelines.planning import plan as solve
 
@@ -124,6 +131,7 @@ def make(
             batch=ready.job.batch,
             checkpoint=out.with_name(f"{out.name}.partial"),
             num_inference_steps=ready.job.steps,
+            replays=limit,
             **ready.job.arguments,
         )
     except ValueError as why:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +60,7 @@ SHARE_OF_BEST_PEER = 0.7
 PREDICTION_FACTOR = 2.0
 CALIBRATION_SEED, HELD_OUT_SEED, ACCURACY_SEED = 20_260_201, 20_260_202, 20_260_203
 """Fixed before the first measurement."""
+ACCURACY = "change of accuracy at 2x, points"
 PLAIN, PLANNER, FEWER, HAND = "plain", "planner", "fewer steps", "hand-made schedule"
 
 
@@ -110,6 +110,7 @@ class Settings:
         calibration: Captions that calibrated methods are calibrated on.
         accuracy: Captions for the verifier's verdict at 2x; 0 for none.
         counts: Steps that the planner computes in full.
+        families: The only ways to save time that are run; all of them where none is named.
     """
 
     cases: tuple[str, ...] = tuple(CASES)
@@ -120,6 +121,7 @@ class Settings:
     calibration: int = 16
     accuracy: int = 256
     counts: tuple[int, ...] = (37, 31, 26, 23, 19, 16, 14, 11)
+    families: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.cases or not set(self.cases) <= set(CASES):
@@ -213,27 +215,49 @@ def variants(drawer: Drawer, settings: Settings) -> list[Variant]:
     """All that is compared."""
     known = captions(settings.calibration, CALIBRATION_SEED)
     call = {**drawer.call, "num_inference_steps": STEPS}
-    plans = front(drawer.pipe, known, settings.counts, batch=drawer.batch, seed=NOISE_SEED, **call)
-    found = [Variant(PLANNER, plan.facts["method"], plan, predicted=predicted) for plan, predicted in plans.values()]
-    found += [Variant(FEWER, f"{steps} steps", steps=steps) for steps in (40, 33, 29, 25, 22, 19, 16, 14, 12, 10)]
-    found += [
-        Variant(HAND, str(plan.facts["method"]), plan)
-        for dense, interval, order in ((24, 2, 1), (18, 2, 1), (12, 3, 1), (12, 3, 2), (8, 3, 1), (10, 4, 1), (6, 4, 1), (4, 5, 1))
-        for plan in [hand_made(drawer.trace, STEPS, dense, interval, order)]
-    ]
-    delta = [DeltaDiT(interval=n, cached=c) for n, c in ((2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0))]
-    found += [Variant("Delta-DiT", str(m), m) for m in delta]
-    found += [Variant("forecast", str(m), m) for n in (2, 3, 4) for o in (1, 2) for m in [Forecast(interval=n, order=o)]]
-    found += [Variant("first-block", str(m), m) for t in (0.03, 0.05, 0.08, 0.12, 0.2, 0.3) for m in [FirstBlock(threshold=t, warmup=4)]]
-    tea = calibrate(drawer.pipe, known, TeaCache(), batch=drawer.batch, progress=False, **call)
-    found += [Variant("TeaCache", str(m), m) for t in (0.07, 0.1, 0.15, 0.2, 0.25, 0.3) for m in [replace(tea, threshold=t)]]
-    for threshold, skip, retention in ((0.02, 1, 0.3), (0.03, 2, 0.2), (0.06, 3, 0.2), (0.12, 3, 0.2), (0.24, 4, 0.1), (0.3, 5, 0.1)):
-        plan = calibrate(drawer.pipe, known[:1], MagCache(threshold, skip, retention), progress=False, **call)
-        found.append(Variant("MagCache", str(plan.facts["method"]), plan))
+
+    def planned() -> list[Variant]:
+        plans = front(drawer.pipe, known, settings.counts, batch=drawer.batch, seed=NOISE_SEED, **call)
+        return [Variant(PLANNER, plan.facts["method"], plan, predicted=predicted) for plan, predicted in plans.values()]
+
+    def fewer() -> list[Variant]:
+        return [Variant(FEWER, f"{steps} steps", steps=steps) for steps in (40, 33, 29, 25, 22, 19, 16, 14, 12, 10)]
+
+    def by_hand() -> list[Variant]:
+        grid = ((24, 2, 1), (18, 2, 1), (12, 3, 1), (12, 3, 2), (8, 3, 1), (10, 4, 1), (6, 4, 1), (4, 5, 1))
+        plans = [hand_made(drawer.trace, STEPS, dense, interval, order) for dense, interval, order in grid]
+        return [Variant(HAND, str(plan.facts["method"]), plan) for plan in plans]
+
+    def delta() -> list[Variant]:
+        grid = ((2, 0.5), (2, 0.75), (2, 1.0), (3, 0.75), (3, 1.0), (4, 1.0))
+        return [Variant("Delta-DiT", str(m), m) for n, c in grid for m in [DeltaDiT(interval=n, cached=c)]]
+
+    def forecast() -> list[Variant]:
+        return [Variant("forecast", str(m), m) for n in (2, 3, 4) for o in (1, 2) for m in [Forecast(interval=n, order=o)]]
+
+    def first_block() -> list[Variant]:
+        return [Variant("first-block", str(m), m) for t in (0.03, 0.05, 0.08, 0.12, 0.2, 0.3) for m in [FirstBlock(threshold=t, warmup=4)]]
+
+    def teacache() -> list[Variant]:
+        tea = calibrate(drawer.pipe, known, TeaCache(), batch=drawer.batch, progress=False, **call)
+        return [Variant("TeaCache", str(m), m) for t in (0.07, 0.1, 0.15, 0.2, 0.25, 0.3) for m in [replace(tea, threshold=t)]]
+
+    def magcache() -> list[Variant]:
+        grid = ((0.02, 1, 0.3), (0.03, 2, 0.2), (0.06, 3, 0.2), (0.12, 3, 0.2), (0.24, 4, 0.1), (0.3, 5, 0.1))
+        plans = [calibrate(drawer.pipe, known[:1], MagCache(*values), progress=False, **call) for values in grid]
+        return [Variant("MagCache", str(plan.facts["method"]), plan) for plan in plans]
+
+    own = {
+        PLANNER: planned, FEWER: fewer, HAND: by_hand, "Delta-DiT": delta, "forecast": forecast, "first-block": first_block,
+        "TeaCache": teacache, "MagCache": magcache,
+    }  # fmt: skip
     there = peers.installed()
-    for name in peers.families_for(drawer.pipe):
-        if there[name] is not None:
-            found += [Variant(f"{name} {there[name]}", str(peer), peer) for peer in peers.grid(name)]
+    others = {name: f"{name} {there[name]}" for name in peers.families_for(drawer.pipe) if there[name] is not None}
+    wanted = settings.families or (*own, *others)
+    found = [variant for name, make in own.items() if name in wanted for variant in make()]
+    found += [Variant(text, str(peer), peer) for name, text in others.items() if name in wanted for peer in peers.grid(name)]
+    if not found:
+        raise BenchError(f"families must be of {', '.join((*own, *others))}, not {', '.join(wanted)}")
     return found
 
 
@@ -431,7 +455,7 @@ def accuracy(case: str, chosen: Sequence[Variant], rows: Sequence[Mapping[str, A
     change = paired_difference(*verdicts)
     interval = f"95% interval of the change {100 * change.low:+.1f} to {100 * change.high:+.1f}"
     note = f"{variant.text}; plain {100 * np.mean(verdicts[0]):.1f}%, {interval}"
-    return [Bar.at_least(f"{case}: change of accuracy at 2x, points ({settings.accuracy} captions)", 100 * change.value, -1.0, note)]
+    return [Bar.at_least(f"{case}: {ACCURACY} ({settings.accuracy} captions)", 100 * change.value, -1.0, note)]
 
 
 # --------------------------------------------------------------------------------------------------------------------- page
@@ -566,6 +590,9 @@ def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = 
 def assemble(files: Sequence[Path], docs: Path) -> None:
     """Writes the page and its picture from the JSON of cases that were run one by one.
 
+    Where two files have a case, the families of the later one take the place of the earlier one's: what was improved is measured again
+    without the rest. Bars are computed anew from what is then there.
+
     Raises:
         BenchError: A file is no result of this benchmark.
     """
@@ -579,9 +606,21 @@ def assemble(files: Sequence[Path], docs: Path) -> None:
             raise BenchError(f"{file} holds no results of this benchmark")
     results = Results("caching-rivals", False, settings=parts[0]["settings"])
     results.machine, results.versions = parts[0]["machine"], parts[0]["versions"]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
     for part in parts:
-        results.rows += part["rows"]
-        results.bars += [Bar(**{**bar, "value": math.inf if bar["value"] is None else bar["value"]}) for bar in part["bars"]]
+        for case in dict.fromkeys(row["case"] for row in part["rows"]):
+            again = [row for row in part["rows"] if row["case"] == case]
+            if case in rows:
+                again = [row for row in again if row["family"] != PLAIN]
+            named = {row["family"] for row in again}
+            rows[case] = [row for row in rows.get(case, []) if row["family"] not in named] + again
+            for bar in part["bars"]:
+                if bar["name"].startswith(f"{case}: {ACCURACY}"):
+                    verdicts[case] = bar
+    for case, of in rows.items():
+        results.rows += of
+        results.bars += [*bars_of(case, of), *([Bar(**verdicts[case])] if case in verdicts else [])]
     write_page(results, docs)
 
 
@@ -607,6 +646,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m hasten.benchmarks.rivals`."""
     parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.rivals", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one (may be repeated); writes no page by itself")
+    parser.add_argument("--family", action="append", default=[], help="only this way to save time (may be repeated), such as planner")
     parser.add_argument("--captions", type=int, default=Settings.captions, help="held-out captions (default: %(default)s)")
     parser.add_argument("--more", type=int, default=Settings.more, help="further batches of captions, not timed (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="timings of each variant (default: %(default)s)")
@@ -616,7 +656,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accuracy", type=int, default=Settings.accuracy, help="captions for the verifier, 0: none (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there")
-    parser.add_argument("--assemble", type=Path, nargs="+", metavar="FILE", help="run nothing: the page from the JSON of single cases")
+    parser.add_argument(
+        "--assemble",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="run nothing: the page from the JSON of single cases; later files' families replace earlier ones'",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.assemble:
@@ -624,7 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings = Settings(
             tuple(options.case or CASES), options.captions, options.more, options.rounds, calibration=options.calibration,
-            accuracy=options.accuracy,
+            accuracy=options.accuracy, families=tuple(options.family),
         )  # fmt: skip
     except BenchError as error:
         print(f"hasten bench rivals: {error}", file=sys.stderr)

@@ -12,7 +12,8 @@ import numpy as np
 from torch import nn
 
 from hasten.accelerators.caching.plan import Plan
-from hasten.accelerators.caching.planner import Planner, Schedule
+from hasten.accelerators.caching.planner import Schedule
+from hasten.accelerators.caching.repair import REPLAYS, Repair
 from hasten.accelerators.caching.trace import weight_facts
 from hasten.pipelines.accelerated import ComputeAll, denoisers_of
 from hasten.pipelines.calibration import (
@@ -30,9 +31,6 @@ from hasten.pipelines.calibration import (
     steps_of,
     typical,
 )
-
-COHERENCES = (0.0, 0.5, 1.0)
-"""How far errors of different steps may add up: plans are solved for each, and the replay decides."""
 
 
 def steps_for(costs: StepCosts, steps: int, speedup: float) -> int:
@@ -74,6 +72,7 @@ def plan(
     speedup: float | None = None,
     error: float | None = None,
     held_out: int | None = None,
+    replays: int = REPLAYS,
     seed: int = 0,
     batch: int = 8,
     denoiser: str | None = None,
@@ -94,6 +93,7 @@ def plan(
         speedup: Of the denoiser loop.
         error: Most relative L2 error of the final latents against the plain pipeline (geometric mean over prompts).
         held_out: How many prompts; a third unless told.
+        replays: Most schedules that are tried on the prompts for one number of computed steps: more find better ones, each takes a run.
         seed: Of the noise: prompt i gets seed + i.
         batch: Prompts per call.
         denoiser: Which network, where there are several.
@@ -114,6 +114,8 @@ def plan(
         raise ValueError(f"speedup must be at least 1, not {speedup:g}")
     if error is not None and not error > 0:
         raise ValueError(f"error must be positive, not {error:g}")
+    if replays < 1:
+        raise ValueError(f"replays must be at least 1, not {replays}")
     steps = steps_of(call)
     runs = _runs(pipe, prompts, seed, batch, denoiser, call)
     alone = isinstance(runs, Loops) and runs.count == 1 and held_out is None
@@ -125,17 +127,18 @@ def plan(
         probes = min(PROBES, steps - 1)
         task = bar.add_task("measuring", total=known.calls * (1 + probes))
         measured = measure(known, steps, lambda: bar.advance(task), probes, checkpoint=checkpoint)
-        replays = bar.add_task("replaying", total=None)
+        replaying = bar.add_task("replaying", total=None)
 
         def tick() -> None:
-            bar.advance(replays)
+            bar.advance(replaying)
 
         assert measured.costs is not None
+        repair = _repair(known, measured, tick, replays)
         if speedup is not None:
-            chosen = _best(known, measured, steps_for(measured.costs, steps, speedup), tick)
+            chosen = _chosen(repair, measured, steps_for(measured.costs, steps, speedup))
         else:
             assert error is not None
-            chosen = _within(known, measured, error, tick)
+            chosen = _within(repair, measured, error)
         certificate = {
             "predicted": chosen.predicted,
             "speedup": round(measured.costs.speedup(steps, len(chosen.schedule.computed)), 3),
@@ -196,9 +199,11 @@ def replay(
     return Replayed.of(relative_errors(plain, made))
 
 
-def expected(pipe: Any, prompts: Sequence[str], *, batch: int = 8, denoiser: str | None = None, **call: Any) -> Estimate:
-    """What `plan` will take: full runs, single-step replays, and the replays of a few candidates."""
-    passes = 1 + min(PROBES, steps_of(call) - 1) + len(COHERENCES)
+def expected(
+    pipe: Any, prompts: Sequence[str], *, replays: int = REPLAYS, batch: int = 8, denoiser: str | None = None, **call: Any
+) -> Estimate:
+    """What `plan` will take: full runs, single-step replays, and the replays, as many as there may be for one number of computed steps."""
+    passes = 1 + min(PROBES, steps_of(call) - 1) + replays
     return estimate(pipe, prompts, batch=batch, passes=passes, denoiser=denoiser, **call)
 
 
@@ -225,9 +230,10 @@ def front(
     runs = _runs(pipe, prompts, seed, batch, denoiser, call)
     measured = measure(runs, steps, _silent, min(PROBES, steps - 1))
     facts = {**measured.facts, **weight_facts(runs.module)}
+    repair = _repair(runs, measured, _silent)
     found = {}
     for count in counts:
-        chosen = _best(runs, measured, count, _silent)
+        chosen = _chosen(repair, measured, count)
         plan = chosen.schedule.plan(measured.trace, **{**facts, "method": f"planner, {count} of {steps} steps"})
         found[count] = plan, chosen.predicted
     return found
@@ -246,30 +252,31 @@ class _Chosen:
     predicted: float
 
 
-def _best(runs: Runs | Loops, measured: Measured, count: int, tick: Callable[[], None]) -> _Chosen:
-    """The best of several solutions, by their replay on the prompts that they were solved on."""
-    schedules = {s.computed: s for s in (Planner(measured.tables, coherence=c).solve(count) for c in COHERENCES)}
-    best: _Chosen | None = None
-    for schedule in schedules.values():
-        candidate = schedule.plan(measured.trace)
-        made, _ = runs.run(candidate, tick)
-        replayed = typical(relative_errors(measured.latents, made))
-        if best is None or replayed < best.predicted:
-            best = _Chosen(schedule, candidate, replayed)
-    assert best is not None
-    return best
+def _repair(runs: Runs | Loops, measured: Measured, tick: Callable[[], None], replays: int = REPLAYS) -> Repair:
+    """Replays on the prompts that schedules are solved on."""
+
+    def replay(schedule: Schedule) -> float:
+        made, _ = runs.run(schedule.plan(measured.trace), tick)
+        return typical(relative_errors(measured.latents, made))
+
+    return Repair(measured.tables, replay, replays)
 
 
-def _within(runs: Runs | Loops, measured: Measured, error: float, tick: Callable[[], None]) -> _Chosen:
+def _chosen(repair: Repair, measured: Measured, count: int) -> _Chosen:
+    schedule, error = repair.search(count)
+    return _Chosen(schedule, schedule.plan(measured.trace), error)
+
+
+def _within(repair: Repair, measured: Measured, error: float) -> _Chosen:
     """The fewest computed steps whose replay stays within `error` (by bisection)."""
     low, high, best = 1, measured.tables.steps, None
     while low < high:
         count = (low + high) // 2
-        found = _best(runs, measured, count, tick)
+        found = _chosen(repair, measured, count)
         if found.predicted <= error:
             best, high = found, count
         else:
             low = count + 1
     if best is None or len(best.schedule.computed) != high:
-        best = _best(runs, measured, high, tick)
+        best = _chosen(repair, measured, high)
     return best

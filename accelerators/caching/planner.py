@@ -7,8 +7,9 @@ latents suffer from an error at that step. Which steps to compute is solved by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,6 +71,14 @@ class Planner:
         levels = tables.levels
         self.times = noise_fractions(levels) if levels is not None else np.arange(tables.steps, dtype=np.float64)
         self._known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._segments: dict[tuple[int, ...], tuple[float, np.ndarray]] = {}
+
+    def weighed(self, factor: np.ndarray, coherence: float) -> Planner:
+        """One whose sensitivities are those of this one times `factor` [T]; it shares what does not depend on them."""
+        tables = replace(self.tables, sensitivity=self.tables.sensitivity * factor)
+        other = Planner(tables, coherence=coherence, order=self.order, terms=self.terms, fitted=self.fitted)
+        other._known = self._known
+        return other
 
     def forecast(self, sources: Sequence[int], step: int) -> np.ndarray:
         """Weights of the offsets of `sources`, newest first, for `step`."""
@@ -96,6 +105,21 @@ class Planner:
 
     def judge(self, computed: Sequence[int]) -> Schedule:
         """Weights and predicted errors of a choice of computed steps."""
+        weights, left = self._left(computed)
+        scaled = left * self.tables.sensitivity[:, None]
+        each = np.maximum(((scaled @ self.gram) * scaled).sum(1), 0.0)
+        total = scaled.sum(0)
+        together = max(float(total @ self.gram @ total), 0.0)
+        predicted = (1 - self.coherence) * each.sum() + self.coherence * together
+        return Schedule(tuple(sorted(set(computed))), weights, np.sqrt(each), float(np.sqrt(predicted)))
+
+    def products(self, computed: Sequence[int]) -> np.ndarray:
+        """[T, T] inner products of what a choice of computed steps leaves of each step's offset."""
+        _, left = self._left(computed)
+        return np.asarray(left @ self.gram @ left.T)
+
+    def _left(self, computed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [T, TERMS], and what is left of each step's offset as coefficients [T, T] of all steps' offsets."""
         steps = self.tables.steps
         weights, left = np.zeros((steps, TERMS)), np.zeros((steps, steps))
         history: list[int] = []
@@ -106,12 +130,7 @@ class Planner:
             else:
                 found, left[k] = self.residual(tuple(history), k)
                 weights[k, : len(found)] = found
-        scaled = left * self.tables.sensitivity[:, None]
-        each = np.maximum(((scaled @ self.gram) * scaled).sum(1), 0.0)
-        total = scaled.sum(0)
-        together = max(float(total @ self.gram @ total), 0.0)
-        predicted = (1 - self.coherence) * each.sum() + self.coherence * together
-        return Schedule(tuple(sorted(chosen)), weights, np.sqrt(each), float(np.sqrt(predicted)))
+        return weights, left
 
     def solve(self, count: int) -> Schedule:
         """The best schedule found that computes `count` steps.
@@ -122,29 +141,61 @@ class Planner:
         steps = self.tables.steps
         if not 1 <= count <= steps:
             raise ValueError(f"count must be from 1 to {steps}, not {count}")
-        best = min((self.judge(start) for start in self._starts(count)), key=lambda schedule: schedule.predicted)
-        while True:
-            better = self._exchange(best)
-            if better is None:
-                return best
-            best = better
+        found = [self._improved(tuple(start)) for start in self._starts(count)]
+        self._segments.clear()
+        return self.judge(min(found, key=self.predicted))
+
+    def predicted(self, computed: Sequence[int]) -> float:
+        """What `judge` predicts, at a fraction of the work: what a segment adds is kept from one choice to the next."""
+        ends = [*computed[1:], self.tables.steps]
+        parts = [self._segment(tuple(computed[i::-1][: self.terms]), end) for i, end in enumerate(ends)]
+        together = self._norm(np.sum([total for _, total in parts], 0))
+        return math.sqrt((1 - self.coherence) * sum(energy for energy, _ in parts) + self.coherence * together)
+
+    def _norm(self, coefficients: np.ndarray) -> float:
+        """Squared norm of a combination [T] of the steps' offsets."""
+        return max(float(coefficients @ self.gram @ coefficients), 0.0)
+
+    def _segment(self, sources: tuple[int, ...], end: int) -> tuple[float, np.ndarray]:
+        """Of the steps from the last computed one to `end`: the sum of their squared errors, and of their errors as coefficients [T]."""
+        key = (*sources, end)
+        if key not in self._segments:
+            energy, total = 0.0, np.zeros(self.tables.steps)
+            for k in range(sources[0] + 1, end):
+                scaled = self.tables.sensitivity[k] * self.residual(sources, k)[1]
+                energy, total = energy + self._norm(scaled), total + scaled
+            self._segments[key] = energy, total
+        return self._segments[key]
+
+    def _improved(self, computed: tuple[int, ...]) -> tuple[int, ...]:
+        """Moves the step that helps most until none helps: first to places near it, which are few, then anywhere."""
+        for reach in (2, self.tables.steps):
+            least = self.predicted(computed)
+            while True:
+                best = min(self.neighbours(computed, reach), key=self.predicted, default=computed)
+                if not self.predicted(best) < least * (1 - 1e-9):
+                    break
+                computed, least = best, self.predicted(best)
+        return computed
 
     def _starts(self, count: int) -> list[list[int]]:
-        """Where the search begins: the segment programme's cut for plain reuse, and even spacing."""
+        """Where the search begins: the segment programme's cut for plain reuse, and spacings even, dense early and dense late."""
         g, gram = self.tables.sensitivity, self.gram
         apart = np.maximum(np.diag(gram)[:, None] + np.diag(gram)[None] - 2 * gram, 0.0)
         cost = np.triu(apart * np.square(g)[None]).cumsum(1)
-        even = sorted({round(i * self.tables.steps / count) for i in range(count)})
-        return [segment_dp(cost, count).starts(count), even]
+        spaced = []
+        for power in (1.0, 1.5, 1 / 1.5):
+            at = np.floor(self.tables.steps * (np.arange(count) / count) ** power).astype(int)
+            # Where they fall together, the later one moves on, as far as the end lets it.
+            for i in range(1, count):
+                at[i] = max(at[i], at[i - 1] + 1)
+            spaced.append(np.minimum(at, self.tables.steps - count + np.arange(count)).tolist())
+        return [segment_dp(cost, count).starts(count), *spaced]
 
-    def _exchange(self, schedule: Schedule) -> Schedule | None:
-        """The best schedule that differs in one step, if it is better."""
-        chosen = set(schedule.computed)
-        best: Schedule | None = None
-        for out in schedule.computed[1:]:
-            for into in range(1, self.tables.steps):
+    def neighbours(self, computed: Sequence[int], reach: int) -> Iterator[tuple[int, ...]]:
+        """All choices in which one step is another, at most `reach` steps away."""
+        chosen = set(computed)
+        for out in sorted(chosen)[1:]:
+            for into in range(max(1, out - reach), min(self.tables.steps, out + reach + 1)):
                 if into not in chosen:
-                    other = self.judge(sorted(chosen - {out} | {into}))
-                    if other.predicted < (best or schedule).predicted * (1 - 1e-9):
-                        best = other
-        return best
+                    yield tuple(sorted(chosen - {out} | {into}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hasten.benchmarks import cachequant, peers, policy, rivals
-from hasten.benchmarks.harness import BenchError, Results
+from hasten.benchmarks.harness import Bar, BenchError, Results
 
 
 def test_a_front_holds_what_nothing_beats() -> None:
@@ -101,6 +101,25 @@ def test_the_page_and_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "pictures" / "caching-rivals.png").stat().st_size > 10_000
     (tmp_path / "no.json").write_text("{}")
     assert rivals.main(["--assemble", str(tmp_path / "no.json")]) == 2
+
+
+def test_a_family_measured_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    def results(error: float, *more: dict[str, Any]) -> Results:
+        made = Results("caching-rivals", False, settings={**vars(rivals.Settings())})
+        planner = [row(rivals.PLANNER, speedup, error * speedup) for speedup in (1.5, 3.2)]
+        made.rows = [row(rivals.PLAIN, 1.0, 0.0), *planner, *more]
+        verdict = Bar.at_least(f"c: {rivals.ACCURACY} (8 captions)", -error, -1.0)
+        made.bars = [*rivals.bars_of("c", made.rows), verdict]
+        return made
+
+    fewer = [row(rivals.FEWER, speedup, 0.03 * speedup) for speedup in (1.5, 3.2)]
+    results(0.9, *fewer).write_json(tmp_path / "all.json")
+    results(0.02).write_json(tmp_path / "again.json")
+    docs = tmp_path / "docs" / "results" / "page.md"
+    assert rivals.main(["--assemble", str(tmp_path / "all.json"), str(tmp_path / "again.json"), "--docs", str(docs)]) == 0
+    text = docs.read_text()
+    assert "planner 0.0300, fewer steps 0.0450" in text, "at 1.5x, from the new rows against the old rivals"
+    assert "0.9000" not in text and text.count(rivals.ACCURACY) == 1 and "-0.02" in text
 
 
 def test_bars_of_the_policy() -> None:

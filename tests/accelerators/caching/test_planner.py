@@ -117,3 +117,10 @@ def test_steps_for_a_speedup() -> None:
         assert costs.speedup(20, count) >= speedup > costs.speedup(20, count + 1)
     with pytest.raises(ValueError, match=r"speedup=1000 is out of reach: with one computed step of 20 it would be 8\.68"):
         steps_for(costs, 20, 1000.0)
+
+
+@pytest.mark.parametrize("coherence", [0.0, 0.5, 1.0])
+def test_the_quick_prediction_is_that_of_the_judge(coherence: float) -> None:
+    planner = Planner(tables(smooth(6), np.linspace(2, 0.5, 10)), coherence=coherence)
+    for rest in itertools.combinations(range(1, 10), 3):
+        assert planner.predicted((0, *rest)) == pytest.approx(planner.judge((0, *rest)).predicted, rel=1e-9)
