@@ -190,6 +190,17 @@ class Measured:
     costs: StepCosts | None = None
 
 
+def whole(found: Trace) -> tuple[str, ...]:
+    """The sites that together hold the most that can be cached.
+
+    Raises:
+        ValueError: There are none.
+    """
+    if not found.whole:
+        raise ValueError(f"nothing of {found.model} can be cached: no block as a span, and it has no deep branch")
+    return found.whole
+
+
 def measure(
     runs: Runs | Loops,
     steps: int,
@@ -206,7 +217,7 @@ def measure(
         checkpoint: File in which what was measured is kept until all is; None for none.
 
     Raises:
-        ValueError: No block can be cached as a span, a loop that is to be probed returns no samples, or the checkpoint is of another
+        ValueError: Nothing can be cached, a loop that is to be probed returns no samples, or the checkpoint is of another
             calibration.
     """
     kept = Checkpoint(checkpoint, [weight_facts(runs.module), runs.identity, steps, probes, budget])
@@ -214,11 +225,8 @@ def measure(
 
     def full_part(some: Runs | Loops) -> dict[str, np.ndarray]:
         sketches = Sketches(steps, runs.guidance_scale, runs.rows, budget)
-        made, fast = some.run(ComputeAll(), tick, force_store=True, observe=sketches)
+        made, fast = some.run(ComputeAll(whole), tick, force_store=True, observe=sketches)
         assert fast.trace is not None and fast.report.plan is not None
-        if not fast.trace.sites:
-            use = "DeepCache or CacheQuant, which cache its deep branch" if fast.trace.deep is not None else "another model"
-            raise ValueError(f"no block of {fast.trace.model} can be cached as a span: use {use}")
         found_trace.append(fast.trace)
         facts = np.array(json.dumps(dict(fast.report.plan.facts)))
         return {"gram": sketches.gram(), "distances": sketches.distances(), "latents": made.numpy(), "facts": facts}
@@ -235,12 +243,12 @@ def measure(
         return Measured(found, known, reference, facts)
     if not len(reference):
         raise ValueError("the sampling loop must return its samples, a tensor [rows, ...]: how much they suffer from an error is measured")
-    everything = compute_all(found, steps).actions
+    everything = compute_all(found, steps, found.whole).actions
 
     def probe(k: int) -> dict[str, np.ndarray]:
         actions = everything.copy()
         actions[k] = Action.REUSE
-        made, fast = runs.run(Plan(actions, found.sites), tick)
+        made, fast = runs.run(Plan(actions, found.whole), tick)
         seconds = fast.report.step_seconds
         moved = np.sqrt(np.maximum(gram[:, k, k] + gram[:, k - 1, k - 1] - 2 * gram[:, k, k - 1], 1e-30))
         full = statistics.median(seconds[:k] + seconds[k + 1 :])

@@ -28,6 +28,6 @@ class Auto:
         if steps < FEWEST_STEPS:
             why = f"none: {steps} steps are too few to reuse anything (at least {FEWEST_STEPS})"
             return Plan(np.zeros((steps, len(trace.sites)), np.uint8), trace.sites, facts={**facts, "method": why})
-        if not trace.sites and trace.deep is not None:
+        if trace.deep is not None:
             return DeepCache(interval=2, branch=min(1, len(trace.deep.sites) - 1)).plan(trace, steps)
         return DeltaDiT(interval=2, cached=0.5, boundary=0.5, start=0.25).plan(trace, steps)

@@ -42,14 +42,14 @@ class Schedule:
     predicted: float
 
     def plan(self, trace: Trace, **facts: object) -> Plan:
-        """As a plan over the trace's sites."""
+        """As a plan over all that the trace offers: its blocks, or a UNet's deep branch."""
         steps = len(self.weights)
         column = np.full(steps, Action.FORECAST)
         column[list(self.computed)] = Action.COMPUTE
-        actions = np.repeat(column[:, None], len(trace.sites), 1)
-        weights = np.broadcast_to(self.weights[:, None, None], (steps, len(trace.sites), 1, TERMS))
+        actions = np.repeat(column[:, None], len(trace.whole), 1)
+        weights = np.broadcast_to(self.weights[:, None, None], (steps, len(trace.whole), 1, TERMS))
         bound = {"model": trace.model, "config": trace.config_hash}
-        return Plan(actions, trace.sites, facts={**bound, **facts}, weights=weights)
+        return Plan(actions, trace.whole, facts={**bound, **facts}, weights=weights)
 
 
 class Planner:

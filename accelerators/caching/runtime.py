@@ -21,7 +21,7 @@ from hasten.accelerators.caching.branches import Branches, Sighting
 from hasten.accelerators.caching.compose import CONFLICTS
 from hasten.accelerators.caching.contexts import named_contexts
 from hasten.accelerators.caching.deciders import DecidedState, Decider, Recorded
-from hasten.accelerators.caching.deep import DeepState
+from hasten.accelerators.caching.deep import DeepState, deep_program
 from hasten.accelerators.caching.forward import BlockState, BranchState, Pass, Recompute
 from hasten.accelerators.caching.guidance import Guidance, rows_of, separable
 from hasten.accelerators.caching.parts import PartState, part_program
@@ -483,7 +483,10 @@ class Session:
         if kind == "deep":
             assert trace.deep is not None
             site = plan.sites[0]
-            return DeepState(self.denoiser, trace.deep, site, actions[:, 0], self._finite, fixes[site], self._force_store, pack), []
+            weights = plan.weights[:, 0, branch] if plan.weights is not None else None
+            levels = self.facts.get("sigmas", plan.facts.get("sigmas"))
+            terms = deep_program(actions[:, 0], weights=weights, order=plan.forecast_order, levels=levels)
+            return DeepState(self.denoiser, trace.deep, site, terms, self._finite, fixes[site], self._force_store, pack), []
         modules = [self.denoiser.get_submodule(path) for path in trace.sites]
         blocks = [trace.blocks[i] for i in trace.offered]
         made, reasons = compiled(trace, plan, branch, self.facts.get("sigmas"), force_store=self._force_store)

@@ -107,7 +107,7 @@ def program(
                 continue
             own = weights[k, s] if weights is not None else None
             if actions[k, s] == Action.FORECAST:
-                terms = _terms(computed[s], times, k, order, own)
+                terms = forecast_terms(computed[s], times, k, order, own)
             else:
                 terms = ((computed[s][0], 1.0),)
             if uses and uses[-1].stop == s and uses[-1].terms == terms and s not in breaks:
@@ -130,8 +130,16 @@ def program(
     return [Row(tuple(sorted(r)), tuple(sorted(s)), tuple(sorted(x))) for r, s, x in zip(reuse, store, release, strict=True)], reasons
 
 
-def _terms(history: Sequence[int], times: np.ndarray, k: int, order: int, own: np.ndarray | None) -> tuple[tuple[int, float], ...]:
-    """Source steps and weights of a forecast; fewer where the history is short."""
+def forecast_terms(history: Sequence[int], times: np.ndarray, k: int, order: int, own: np.ndarray | None) -> tuple[tuple[int, float], ...]:
+    """Source steps and weights of a forecast; fewer where the history is short.
+
+    Args:
+        history: Computed steps, newest first.
+        times: [steps], over which the polynomial is drawn.
+        k: The step that is forecast.
+        order: Of the polynomial.
+        own: [terms] weights, newest first, that take the polynomial's place unless all are 0.
+    """
     if own is not None and own.any():
         given = [float(weight) for weight in own[: len(history)]]
         return tuple((source, weight) for source, weight in zip(history, given, strict=False) if weight) or ((history[0], 1.0),)

@@ -140,6 +140,11 @@ class Trace:
         return tuple(self.blocks[i].path for i in self.offered)
 
     @property
+    def whole(self) -> tuple[str, ...]:
+        """The sites that together hold the most that can be cached: a UNet's deep branch, else all blocks; nothing if there is neither."""
+        return self.deep.sites[:1] if self.deep is not None else self.sites
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """Parts of the offered blocks that are called once in a pass, in call order."""
         found = [part for i in self.offered for part in self.blocks[i].parts]

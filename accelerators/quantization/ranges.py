@@ -78,7 +78,7 @@ def along(table: Tensor, layer: nn.Module) -> Tensor:
 
 
 class ChannelPeaks:
-    """Largest magnitude of every input channel of all layers, over whatever runs: what smoothing goes by.
+    """Largest magnitude and mean square of every input channel of all layers, over whatever runs: what smoothing goes by.
 
     with peaks.watch(pipe.transformer):
         ...                                # run
@@ -86,6 +86,8 @@ class ChannelPeaks:
 
     def __init__(self) -> None:
         self.peaks: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[ChannelPeaks]:
@@ -95,8 +97,11 @@ class ChannelPeaks:
             def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 value = (args[0] if args else kwargs["input"]).detach()
                 if value.numel():
-                    now = value.abs().movedim(channel_dim(layer), -1).flatten(0, -2).amax(0).float()
-                    self.peaks[name] = torch.maximum(self.peaks[name], now) if name in self.peaks else now
+                    rows = value.movedim(channel_dim(layer), -1).flatten(0, -2)
+                    peak, square = rows.abs().amax(0).float(), rows.float().square().mean(0)
+                    self.peaks[name] = torch.maximum(self.peaks[name], peak) if name in self.peaks else peak
+                    self._squares[name] = self._squares[name] + square if name in self._squares else square
+                    self._calls[name] = self._calls.get(name, 0) + 1
 
             return layer.register_forward_pre_hook(look, with_kwargs=True)
 
@@ -107,15 +112,17 @@ class ChannelPeaks:
             for handle in handles:
                 handle.remove()
 
-    def smoothing(self, module: nn.Module, strength: float = 0.5) -> dict[str, Tensor]:
+    def smoothing(self, module: nn.Module, strength: float | None = None) -> dict[str, Tensor]:
         """By what each layer's input channels are divided, and its weights multiplied (SmoothQuant, arXiv 2211.10438).
 
-        The grid of an input is one for all channels: those with large entries leave the others few of its points. Half of the spread, on
-        a logarithmic scale, is moved into the weights, whose grids belong to the output channels.
+        The grid of an input is one for all channels: those with large entries leave the others few of its points. Part of the spread, on
+        a logarithmic scale, is moved into the weights, whose grids belong to the output channels. How much is best differs from layer to
+        layer: a convolution that reads a skip beside its own stream wants most of it, one behind a norm hardly any.
 
         Args:
             module: The denoiser that was watched.
-            strength: 0 leaves all with the inputs, 1 moves all to the weights (the paper's 0.5).
+            strength: 0 leaves all with the inputs, 1 moves all to the weights (the paper's 0.5). None searches for each layer what
+                leaves its output the least rounding noise, see `rounding_noise`.
 
         Returns:
             float32 [in channels] for each layer that ran.
@@ -125,15 +132,46 @@ class ChannelPeaks:
             if name not in self.peaks:
                 continue
             assert isinstance(layer, nn.Linear | nn.Conv2d)
-            weight = layer.weight.detach().float().abs()
-            weights = weight.amax(0) if weight.ndim == 2 else weight.amax((0, 2, 3))
-            inputs = self.peaks[name].to(weights.device)
-            if len(inputs) != len(weights):
+            weight = layer.weight.detach().float().flatten(2) if layer.weight.ndim > 2 else layer.weight.detach().float()[..., None]
+            inputs = self.peaks[name].to(weight.device)
+            if len(inputs) != weight.shape[1]:
                 continue  # a grouped convolution, which is not quantised
-            factor = inputs.clamp_min(1e-5) ** strength / weights.clamp_min(1e-5) ** (1 - strength)
-            factor = torch.where((inputs > 0) & (weights > 0) & inputs.isfinite(), factor, torch.ones_like(factor))
-            found[name] = (factor / factor.log().mean().exp()).clamp(1e-2, 1e2)
+            weights = weight.abs().amax((0, 2))
+            works = (inputs > 0) & (weights > 0) & inputs.isfinite()
+
+            def factor(a: float, b: float, inputs: Tensor = inputs, weights: Tensor = weights, works: Tensor = works) -> Tensor:
+                made = inputs.clamp_min(1e-5) ** a / weights.clamp_min(1e-5) ** b
+                made = torch.where(works, made, torch.ones_like(made))
+                return (made / made.log().mean().exp()).clamp(1e-2, 1e2)
+
+            if strength is not None:
+                found[name] = factor(strength, 1 - strength)
+                continue
+            squares = self._squares[name].to(weight.device) / self._calls[name]
+            candidates = [factor(a, b) for a in POWERS for b in POWERS]
+            noise = [rounding_noise(weight, inputs.nan_to_num(), squares, candidate) for candidate in candidates]
+            found[name] = candidates[noise.index(min(noise))]
         return found
+
+
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the inputs' and of the weights' magnitude in the factors that the search tries; both 0 is no smoothing."""
+
+
+def rounding_noise(weight: Tensor, peaks: Tensor, squares: Tensor, factor: Tensor) -> float:
+    """Expected squared error of a layer's output, summed over its channels, from 8-bit rounding of input and weight.
+
+    Args:
+        weight: float32 [out, in, kernel entries].
+        peaks: [in] largest magnitudes of the input.
+        squares: [in] its mean squares.
+        factor: [in] by which inputs are divided and weights multiplied before they are rounded.
+    """
+    step = 2 * float((peaks / factor).max()) / 255
+    of_inputs = step**2 / 12 * float((factor.square()[:, None] * weight.square()).sum())
+    steps = (weight.abs() * factor[:, None]).amax((1, 2)) / 127
+    of_weights = float(steps.square().sum()) / 12 * weight.shape[2] * float((squares / factor.square()).sum())
+    return of_inputs + of_weights
 
 
 class ActivationRanges:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import hasten
 from hasten.accelerators.caching.plan import Action
@@ -172,3 +173,30 @@ def test_a_plan_for_loops_of_ones_own() -> None:
     computed = weighed.actions[:, :, 0] == Action.COMPUTE
     assert (computed.all(1) == computed.any(1)).all() and computed.all(1).sum() == 6
     assert computed[10:].all(1).sum() >= 3, "the last steps count most"
+
+
+def test_a_unet_is_planned_for_at_its_deep_branch() -> None:
+    torch.manual_seed(0)
+    net = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2,
+        norm_num_groups=2,
+    ).eval()  # fmt: skip
+
+    def loop(seed: int) -> Any:
+        def run(session: Any) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+            for k in range(12):
+                with session.step(k):
+                    x = x + 0.05 * net(x, 900 - 70 * k, encoder_hidden_states=context).sample
+            return x
+
+        return run
+
+    loops = [loop(seed) for seed in range(3)]
+    plan = hasten.plan(net, loops, error=0.002, num_inference_steps=12, progress=False)
+    steps, certificate = plan.actions[:, 0, 0], plan.facts["certificate"]
+    assert plan.sites == ("up_blocks.1.resnets.0",)
+    assert set(steps) == {Action.COMPUTE, Action.FORECAST} and (steps == Action.COMPUTE).sum() < 10
+    assert certificate["predicted"] <= 0.002 and certificate["replayed"] < 0.004

@@ -12,7 +12,9 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
 import hasten
-from hasten.accelerators.caching.plan import Action, Plan, PlanError
+from hasten.accelerators.caching.auto import Auto
+from hasten.accelerators.caching.deep import deep_program, tensors_in
+from hasten.accelerators.caching.plan import Action, Plan
 from hasten.accelerators.caching.runtime import attach
 from hasten.accelerators.caching.trace import trace_module
 from tests.accelerators.caching.toys import chain, randn
@@ -188,14 +190,74 @@ def test_another_batch_or_reindexed_rows() -> None:
     assert any("batch" in reason for reason in session.report.reasons)
 
 
+def test_a_forecast_is_the_weighed_sum_of_stored_values() -> None:
+    net = unet()
+    trace = traced(net)
+    site = trace.deep.sites[0]
+    values: list[Tensor] = []
+    handle = net.get_submodule(site).register_forward_hook(lambda module, args, out: values.append(tensors_in(out)[0].clone()))
+    seen: list[Tensor] = []
+    consumer = net.get_submodule(trace.deep.up[trace.deep.consumer(0)].modules[0])
+    reads = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    weights = np.zeros((4, 1, 1, 3))
+    weights[2, 0, 0] = (1.5, -0.25, 0)
+    plan = Plan(np.array([[0], [0], [2], [1]]), (site,), weights=weights)
+    with attach(net, plan, num_inference_steps=4, trace=trace) as session:
+        for k in range(4):
+            with session.step(k):
+                args, kwargs = inputs(k)
+                net(*args, **kwargs)
+    handle.remove()
+    reads.remove()
+    assert len(values) == 2 and not session.report.reasons
+    channels = values[0].shape[1]
+    torch.testing.assert_close(seen[2][:, :channels], 1.5 * values[1] - 0.25 * values[0])
+    assert torch.equal(seen[3][:, :channels], values[1]), "after a forecast the newest value is still reused as it is"
+    assert (session.report.plan.actions == plan.actions).all()
+
+
+def test_a_polynomial_forecast_follows_a_straight_line_exactly() -> None:
+    assert deep_program(np.array([0, 0, 2, 2])) == [(), (), ((1, 2.0), (0, -1.0)), ((1, 3.0), (0, -2.0))]
+    assert deep_program(np.array([2, 2, 1])) == [(), ((0, 1.0),), ((0, 1.0),)], "what was never computed is; one value is held"
+    given = np.array([[0, 0], [0, 0], [0.5, 0.25]])
+    assert deep_program(np.array([0, 0, 2]), weights=given)[2] == ((1, 0.5), (0, 0.25))
+
+
+def test_a_value_that_does_not_fit_makes_the_next_one_the_only_source() -> None:
+    net = unet()
+    trace = traced(net)
+    weights = np.zeros((5, 1, 1, 2))
+    weights[2:4, 0, 0] = (2.0, -1.0)
+    plan = Plan(np.array([[0], [0], [2], [2], [1]]), (trace.deep.sites[0],), weights=weights)
+    calls = []
+    for k in range(5):
+        args, kwargs = inputs(k)
+        calls.append(((args[0] + (torch.nan if k == 1 else 0), args[1]), kwargs))
+    plain = [net(*args, **kwargs).sample for args, kwargs in calls]
+    with attach(net, plan, num_inference_steps=5, trace=trace) as session:
+        for k, (args, kwargs) in enumerate(calls):
+            with session.step(k):
+                out = net(*args, **kwargs).sample
+            assert k == 1 or torch.equal(out, plain[k]) == (k < 4)
+    assert session.report.plan.actions[:, 0, 0].tolist() == [0, 0, 0, 0, 1]
+    assert sorted(reason.rpartition(": ")[2] for reason in session.report.reasons) == [
+        "its stored value is not finite", "nothing is stored for it yet",
+    ]  # fmt: skip
+
+
 def test_what_does_not_fit_is_refused() -> None:
     net = unet()
     with pytest.raises(ValueError, match="branch must be from 0 to 4 for this model, not 9"):
         sample(net, hasten.DeepCache(branch=9))
     with pytest.raises(ValueError, match="DeepCache needs a UNet"):
         hasten.DeepCache().plan(trace_module(chain(3), (randn(0, 1, 3, 4),), {}), 2)
-    with pytest.raises(PlanError, match="compute and reuse, not forecast"):
-        sample(net, Plan(np.array([[0], [2]]), (traced(net).deep.sites[0],)), 2)
     for options in ({"interval": 0}, {"branch": -1}, {"schedule": "odd"}, {"center": 2}, {"power": 0.5}):
         with pytest.raises(ValueError, match="must be"):
             hasten.DeepCache(**options)
+
+
+def test_the_default_on_a_unet_is_its_deep_branch_and_not_the_blocks_in_its_middle() -> None:
+    found = traced(unet(layers_per_block=2))
+    plan = Auto().plan(found, 20)
+    assert plan.sites == (found.deep.sites[1],) and (plan.actions == Action.REUSE).sum() == 10
+    assert found.whole == found.deep.sites[:1]

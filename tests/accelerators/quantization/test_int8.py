@@ -26,7 +26,7 @@ from hasten.accelerators.quantization.int8 import (
     quantised,
     weight_bytes,
 )
-from hasten.accelerators.quantization.ranges import ActivationRanges, ChannelPeaks, Step, layers, scale_and_zero
+from hasten.accelerators.quantization.ranges import ActivationRanges, ChannelPeaks, Step, layers, rounding_noise, scale_and_zero
 
 
 @pytest.fixture(autouse=True)
@@ -200,21 +200,38 @@ def test_smoothing_moves_outlying_channels_into_the_weights(kind: str) -> None:
     peaks = ChannelPeaks()
     with peaks.watch(net):
         net(x)
-    for strength in (0.0, 0.5):
-        smooth = peaks.smoothing(net, strength) if strength else {}
+    for strength in (0.0, 0.5, None):
+        smooth = peaks.smoothing(net, strength) if strength != 0 else {}
         ranges = ActivationRanges(1, smooth=smooth)
         with ranges.watch(net):
             net(x)
         made = quantised(net, ranges, smooth=smooth)
         errors.append(float((made.module(x) - wanted).norm() / wanted.norm()))
         held = made.module[0]  # type: ignore[index]
-        torch.testing.assert_close(held.weight, layer.weight, rtol=0.2, atol=0.02)  # type: ignore[arg-type]
+        torch.testing.assert_close(held.weight, layer.weight, rtol=0.2, atol=0.04)  # type: ignore[arg-type]
         exact = made.module(x)
         held._cpu_is_exact = False
         torch.testing.assert_close(made.module(x), exact, rtol=1e-4, atol=1e-4)
-    assert errors[1] < 0.6 * errors[0]
+    assert errors[1] < 0.6 * errors[0] and errors[2] < 1.02 * errors[1], "what is searched is no worse than the fixed share"
     with pytest.raises(ValueError, match=r"smooth must be \[32\]"):
         quantised(net, ranges, smooth={"0": torch.zeros(32)})
+
+
+def test_rounding_noise_is_what_rounding_does() -> None:
+    torch.manual_seed(0)
+    spread = torch.logspace(-1, 1, 32)
+    x, layer = (2 * torch.rand(4096, 32) - 1) * spread, nn.Linear(32, 24, bias=False)
+    net, peaks = nn.Sequential(layer), ChannelPeaks()
+    with peaks.watch(net):
+        net(x)
+    for factor in (torch.ones(32), spread.sqrt(), spread):
+        ranges = ActivationRanges(1, smooth={"0": factor}, percentiles=(1.0,))
+        with ranges.watch(net):
+            net(x)
+        made = quantised(net, ranges, smooth={"0": factor})
+        noise = float((made.module(x) - layer(x)).square().sum(1).mean())
+        expected = rounding_noise(layer.weight.detach()[..., None], x.abs().amax(0), x.square().mean(0), factor)
+        assert 0.6 < noise / expected < 1.6
 
 
 def test_the_step_chooses_the_scale_without_touching_the_layer() -> None:
