@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from hasten.accelerators.caching.calibrate import SKETCH_BYTES, SiteSketches, SiteTable, Sketches, Tables
 from hasten.accelerators.caching.deciders import Decider, Memory, relative_l1
 from hasten.accelerators.caching.plan import Action, Plan
+from hasten.accelerators.caching.planner import Schedule
+from hasten.accelerators.caching.repair import REPLAYS, Repair
 from hasten.accelerators.caching.runtime import Session, TraceKey, compute_all
 from hasten.accelerators.caching.segments import Span
 from hasten.accelerators.caching.trace import Trace, format_bytes, weight_facts
@@ -263,6 +265,16 @@ def measure(
     return Measured(found, replace(known, sensitivity=sensitivity), reference, facts, costs)
 
 
+def repairing(runs: Runs | Loops, measured: Measured, tick: Callable[[], None], replays: int = REPLAYS) -> Repair:
+    """A search for schedules by replays on the prompts that were measured."""
+
+    def replay(schedule: Schedule) -> float:
+        made, _ = runs.run(schedule.plan(measured.trace), tick)
+        return typical(relative_errors(measured.latents, made))
+
+    return Repair(measured.tables, replay, replays)
+
+
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[Progress]:
     """A bar on stderr."""
@@ -357,6 +369,12 @@ class _AllRuns:
     def full(self, method: Any, *, observe: Any = None, prepare: Callable[[int], None] | None = None) -> tuple[Trace, dict[str, Any]]:
         """One run under a method or plan."""
         return full_run(self.runs, method, self.tick, force_store=observe is not None, observe=observe, prepare=prepare)
+
+    def planned(self, count: int) -> Plan:
+        """The planner's plan that computes `count` steps."""
+        measured = measure(self.runs, self.steps, self.tick, min(PROBES, self.steps - 1))
+        schedule, _ = repairing(self.runs, measured, self.tick).search(count)
+        return schedule.plan(measured.trace, **measured.facts)
 
 
 def full_run(runs: Runs | Loops, method: Any, tick: Callable[[], None], **options: Any) -> tuple[Trace, dict[str, Any]]:

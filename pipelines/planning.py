@@ -28,6 +28,7 @@ from hasten.pipelines.calibration import (
     measure,
     progress_bar,
     relative_errors,
+    repairing,
     steps_of,
     typical,
 )
@@ -133,7 +134,7 @@ def plan(
             bar.advance(replaying)
 
         assert measured.costs is not None
-        repair = _repair(known, measured, tick, replays)
+        repair = repairing(known, measured, tick, replays)
         if speedup is not None:
             chosen = _chosen(repair, measured, steps_for(measured.costs, steps, speedup))
         else:
@@ -230,7 +231,7 @@ def front(
     runs = _runs(pipe, prompts, seed, batch, denoiser, call)
     measured = measure(runs, steps, _silent, min(PROBES, steps - 1))
     facts = {**measured.facts, **weight_facts(runs.module)}
-    repair = _repair(runs, measured, _silent)
+    repair = repairing(runs, measured, _silent)
     found = {}
     for count in counts:
         chosen = _chosen(repair, measured, count)
@@ -250,16 +251,6 @@ class _Chosen:
     schedule: Schedule
     plan: Plan
     predicted: float
-
-
-def _repair(runs: Runs | Loops, measured: Measured, tick: Callable[[], None], replays: int = REPLAYS) -> Repair:
-    """Replays on the prompts that schedules are solved on."""
-
-    def replay(schedule: Schedule) -> float:
-        made, _ = runs.run(schedule.plan(measured.trace), tick)
-        return typical(relative_errors(measured.latents, made))
-
-    return Repair(measured.tables, replay, replays)
 
 
 def _chosen(repair: Repair, measured: Measured, count: int) -> _Chosen:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hasten.accelerators.caching.calibrate import SiteSketches
 from hasten.accelerators.caching.correction import AffineCorrection, AffineStatistics
+from hasten.accelerators.caching.deep import deep_program, weighed
 from hasten.accelerators.caching.plan import ALL_BRANCHES, Action, Plan
 from hasten.accelerators.caching.quantised import quantised_tables
 from hasten.accelerators.caching.runtime import compute_all
@@ -39,6 +40,9 @@ class Runs(Protocol):
     def full(self, method: Any, *, observe: Any = None, prepare: Callable[[int], None] | None = None) -> tuple[Trace, dict[str, Any]]:
         """One run under a method or plan; the trace and the run's facts. With an observer, everything is stored at every step."""
 
+    def planned(self, count: int) -> Plan:
+        """The planner's plan that computes `count` steps in full."""
+
 
 @dataclass(frozen=True)
 class CacheQuant:
@@ -49,7 +53,8 @@ class CacheQuant:
     Attributes:
         interval: Steps per refresh on average (the paper's N: 5 on Stable Diffusion, 5 to 20 on LDM).
         branch: Of a UNet: skip connections beyond the input convolution that stay live (the paper's cut is 0).
-        schedule: "dps", or "uniform" for every `interval`-th step.
+        schedule: "dps"; "uniform" for every `interval`-th step; or "planned" (not in the paper) for the steps and the forecasts of the
+            planner, which weighs every step by what the final latents suffer from its error. "planned" needs `branch=0`.
         cache_correction: Whether what is reused is corrected.
         output_correction: Whether the outputs of quantised layers are.
         weights: "int8", "int4" (first and last layer stay at 8 bits), or None to leave the layers alone.
@@ -79,8 +84,10 @@ class CacheQuant:
             raise ValueError(f"interval must be a whole number of at least 1, not {self.interval!r}")
         if type(self.branch) is not int or self.branch < 0:
             raise ValueError(f"branch must be a whole number of at least 0, not {self.branch!r}")
-        if self.schedule not in ("dps", "uniform"):
-            raise ValueError(f"schedule must be 'dps' or 'uniform', not {self.schedule!r}")
+        if self.schedule not in ("dps", "uniform", "planned"):
+            raise ValueError(f"schedule must be 'dps', 'uniform' or 'planned', not {self.schedule!r}")
+        if self.schedule == "planned" and self.branch:
+            raise ValueError(f"branch must be 0 with schedule='planned', not {self.branch}")
         if self.weights is not None and self.weights not in BITS:
             raise ValueError(f"weights must be one of {', '.join(BITS)} or None, not {self.weights!r}")
         if self.activations not in ("int8", "none"):
@@ -111,35 +118,49 @@ class CacheQuant:
         return trace.sites
 
     def measured(self, runs: Runs) -> Plan:
-        """The plan, from up to four runs: distances, the cache's errors, activation ranges, the layers' errors."""
-        steps, everything = runs.steps, _Everything(self)
-        distances = _Distances(steps)
-        peaks = ChannelPeaks()
+        """The plan, from several runs: distances or the planner's tables, the cache's errors, activation ranges, the layers' errors."""
+        everything, distances, peaks = _Everything(self), _Distances(runs.steps), ChannelPeaks()
         with peaks.watch(runs.denoiser):
             trace, facts = runs.full(everything, observe=distances)
         sites = self.sites(trace)
-        computed = self.computed(distances.total())
-        corrections: dict[str, np.ndarray] = {}
-        branches: tuple[str, ...] = (ALL_BRANCHES,)
-        if self.cache_correction:
-            groups = 2 if str(facts.get("guidance", "")).startswith("batched x2") else 1
-            while len(computed) < steps:
-                errors = _Errors(steps, computed, groups, 1 if trace.deep is not None else -1, self.state)
-                runs.full(everything, observe=errors)
-                branches, corrections[sites[-1]] = errors.table(self.ridge)
-                # A value that moves against the true one is of no use at that step: it is refreshed there, and all is measured again.
-                useless = set(np.flatnonzero(((corrections[sites[-1]][0] < 0).mean(-1) > 0.5).any(-1)).tolist())
-                if not useless:
-                    break
-                computed = sorted({*computed, *useless})
-        actions = np.full((steps, len(sites), len(branches)), Action.REUSE)
-        actions[computed] = Action.COMPUTE
+        if self.schedule == "planned":
+            plan = runs.planned(self.count(runs.steps))
+        else:
+            plan = self._plan(sites, runs.steps, self.computed(distances.total()))
+        groups = 2 if str(facts.get("guidance", "")).startswith("batched x2") else 1
+        while self.cache_correction and (plan.actions != Action.COMPUTE).any():
+            errors = _Errors(plan, groups, 1 if trace.deep is not None else -1, self.state)
+            runs.full(everything, observe=errors)
+            branches, table = errors.table(self.ridge)
+            # A value that moves against the true one is of no use at that step: it is refreshed there, and all is measured again. The
+            # planner's weights are fitted, and belong to its steps.
+            useless = np.flatnonzero(((table[0] < 0).mean(-1) > 0.5).any(-1))
+            if not len(useless) or self.schedule == "planned":
+                columns = [0] * len(branches)
+                weights = plan.weights[:, :, columns] if plan.weights is not None else None
+                plan = replace(
+                    plan, actions=plan.actions[:, :, columns], branches=branches, weights=weights, corrections={sites[-1]: table}
+                )
+                break
+            actions = plan.actions.copy()
+            actions[useless] = Action.COMPUTE
+            plan = replace(plan, actions=actions)
         bound = {**facts, "model": trace.model, "config": trace.config_hash, "method": str(self), "state": self.state}
-        plan = Plan(actions, sites, branches, bound, corrections=corrections)
+        plan = replace(plan, facts={**plan.facts, **bound})
         if self.weights is None:
             return plan
         smoothed = self.smoothing != 0 and self.activations == "int8"
         return self._quantise(plan, runs, trace, peaks.smoothing(runs.denoiser, self.smoothing) if smoothed else {})
+
+    def count(self, steps: int) -> int:
+        """How many of the steps are refreshed."""
+        return math.ceil(steps / self.interval)
+
+    @staticmethod
+    def _plan(sites: tuple[str, ...], steps: int, computed: Sequence[int]) -> Plan:
+        actions = np.full((steps, len(sites), 1), Action.REUSE)
+        actions[list(computed)] = Action.COMPUTE
+        return Plan(actions, sites)
 
     def computed(self, distance: np.ndarray) -> list[int]:
         """The refreshed steps, from the distances [T, T] of the cached value at every two steps; the first steps of the groups."""
@@ -147,7 +168,7 @@ class CacheQuant:
         if self.schedule == "uniform" or self.interval == 1:
             return list(range(0, steps, self.interval))
         cost = np.triu(distance).cumsum(1)
-        count = math.ceil(steps / self.interval)
+        count = self.count(steps)
         return segment_dp(cost, count, math.ceil(self.interval / 2), 2 * self.interval).starts(count)
 
     def consumers(self, trace: Trace, names: Sequence[str]) -> list[str]:
@@ -228,12 +249,14 @@ class _Distances:
 
 
 class _Errors:
-    """Compares the value at every reused step with that of the step which it is reused from."""
+    """Compares the value at every step that is not computed with what the plan puts in its place."""
 
-    def __init__(self, steps: int, computed: list[int], groups: int, dim: int, state: str | None) -> None:
+    def __init__(self, plan: Plan, groups: int, dim: int, state: str | None) -> None:
         self.pack = packer(state)
-        self.steps, self.computed, self.groups, self.dim = steps, set(computed), groups, dim
-        self.source: dict[str, Tensor] = {}
+        weights = plan.weights[:, 0, 0] if plan.weights is not None else None
+        self.terms = deep_program(plan.actions[:, 0, 0], weights=weights, levels=plan.facts.get("sigmas"))
+        self.groups, self.dim = groups, dim
+        self.stored: dict[str, dict[int, Tensor]] = {}
         self.statistics: AffineStatistics | None = None
         self.branches: list[str] = []
 
@@ -241,12 +264,17 @@ class _Errors:
         value = _value(values).detach()
         if branch not in self.branches:
             self.branches.append(branch)
-        if step in self.computed or branch not in self.source:
-            self.source[branch] = read(self.pack(value.clone()))
+        stored = self.stored.setdefault(branch, {})
+        terms = self.terms[step]
+        if not terms:
+            stored[step] = read(self.pack(value.clone()))
+            read_later = {source for later in self.terms[step:] for source, _ in later}
+            self.stored[branch] = {source: kept for source, kept in stored.items() if source in read_later}
             return
         if self.statistics is None:
-            self.statistics = AffineStatistics(self.steps, value.shape[self.dim])
-        halves = zip(value.chunk(self.groups), self.source[branch].chunk(self.groups), strict=True)
+            self.statistics = AffineStatistics(len(self.terms), value.shape[self.dim])
+        made = weighed([stored[source] for source, _ in terms], [weight for _, weight in terms])
+        halves = zip(value.chunk(self.groups), made.chunk(self.groups), strict=True)
         for group, (true, kept) in enumerate(halves):
             self.statistics.add(step, true, kept, dim=self.dim, branch=f"{branch}/{group}")
 

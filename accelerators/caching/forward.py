@@ -326,6 +326,8 @@ class Forward:
         return {module: self.handler(site) for site, module in enumerate(self.branch.modules)}
 
     def executed(self, planned: np.ndarray) -> np.ndarray:
+        if len(self.reused) == len(planned):
+            return planned
         row = np.full(len(planned), Action.COMPUTE, np.uint8)
         at = sorted(self.reused)
         row[at] = planned[at]
@@ -352,15 +354,15 @@ class Forward:
         return handle
 
     def _reuse(self, site: int, use: Use, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.reused.add(site)
+        if site not in self.ends:
+            return pass_on(block, args, kwargs, lambda stream, tensor: tensor)
         values = [self.branch.values[span] for span in use.spans]
-        last = site in self.ends
 
         def added(stream: Stream, tensor: Tensor) -> Tensor:
             offsets = [value.get(stream.index) for value in values]
             if any(o is not None and (o.shape != tensor.shape or o.dtype != tensor.dtype) for o in offsets):
                 raise Recompute(CHANGED)
-            if not last:
-                return tensor
             terms = [(read(o).to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
             fixes = self.branch.corrections[use.stop - 1] if self.branch.corrections else None
             fix = fixes[self.step] if fixes is not None and stream.index == 0 else None
@@ -371,9 +373,7 @@ class Forward:
             return add_offsets(tensor, terms, in_place=stream.aliased and block.in_place)
 
         out = pass_on(block, args, kwargs, added)
-        self.reused.add(site)
-        if last:
-            self.done.add(use)
+        self.done.add(use)
         return out
 
     def finish(self) -> None:

@@ -131,6 +131,7 @@ class PartState:
         self.fragile = {i for i, path in enumerate(sites) if path in in_place}
         self.merged: dict[tuple[tuple[int, int], ...], Tensor] = {}
         self.last_read = {}
+        self.last_run = {parts: k for k, row in enumerate(rows) for _, parts in row.runs}
         for k, row in enumerate(rows):
             for i in (*row.keep, *row.reuse, *(i for _, parts in row.runs for i, _ in parts)):
                 self.last_read[i] = k
@@ -147,8 +148,7 @@ class PartState:
     def release(self, step: int) -> None:
         for i in [i for i in self.values if self.last_read.get(i, -1) < step]:
             del self.values[i], self.sources[i]
-        needed = {parts for row in self.rows[step:] for _, parts in row.runs}
-        for parts in [parts for parts in self.merged if parts not in needed]:
+        for parts in [parts for parts in self.merged if self.last_run[parts] < step]:
             del self.merged[parts]
 
     def clear(self) -> None:
@@ -287,7 +287,9 @@ class PartForward:
             self.branch.untested.add(i)
 
     def executed(self, planned: np.ndarray) -> np.ndarray:
+        at = self.reuse.union(*({i for i, _ in run[1]} for run in self.runs))
+        if len(at) == len(planned):
+            return planned
         row = np.full(len(planned), Action.COMPUTE, np.uint8)
-        at = sorted(self.reuse | {i for run in self.runs for i, _ in run[1]})
-        row[at] = planned[at]
+        row[sorted(at)] = planned[sorted(at)]
         return row
