@@ -16,6 +16,7 @@ from hasten._version import __version__
 from hasten.app import errors
 from hasten.app.options import (
     CACHING,
+    DECODING,
     DRAWING,
     OUTPUT,
     BatchOption,
@@ -51,6 +52,8 @@ BENCHMARKS = {
     "caching-rivals": "rivals",
     "caching-policy": "policy",
     "caching-cachequant": "cachequant",
+    "caching-compiled": "compiled",
+    "decoding": "decoding",
 }
 """Their modules in `hasten.benchmarks`."""
 
@@ -426,6 +429,69 @@ def doctor(json: JsonFlag = False) -> None:
 
 
 @app.command()
+def text(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to answer; all prompts are one batch.")] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            "--schedule",
+            metavar="NAME",
+            help="static, threshold, factor, hierarchical, entropy-bound, klass, ccd, credit, saber, rcr, editing, wino or freedave.",
+            rich_help_panel=DECODING,
+        ),
+    ] = "credit",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the schedule; may be repeated.", rich_help_panel=DECODING),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="MODEL", help="puzzles, a folder of transformers, or a hub id.")
+    ] = "puzzles",
+    gen_length: Annotated[
+        int | None,
+        typer.Option("--gen-length", metavar="N", help="Most tokens of an answer; a multiple of the block.", rich_help_panel=DECODING),
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option("--block-length", metavar="N", help="Default: the model's own, else 32.", rich_help_panel=DECODING)
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="0: no noise.", rich_help_panel=DECODING)] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the first prompt's noise.", rich_help_panel=DECODING)] = 0,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            metavar="NAME",
+            help="none, block-append (exact), prefix, dual or vicinity (approximate). Default: what is exact.",
+            rich_help_panel=DECODING,
+        ),
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Show each step, tokens coloured by the step that committed them.")] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the weights; LLaDA, Dream and SDAR need it.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Answer prompts with a diffusion language model, several tokens a forward.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten text "3? + ? = 91" "483 + 759 = ?" "depth 3 ????????"
+    hasten text "1??4/?4??/?1??/4??1" --schedule threshold --set threshold=0.8 --trace
+    hasten text "3? + ? = 91" --schedule freedave --set drafts=8
+    hasten text "What is 7 times 8?" -m inclusionAI/LLaDA2.0-mini --trust-remote-code --gen-length 128
+    """
+    from hasten.app.text import TextOptions, answer
+
+    options = TextOptions(
+        model, schedule, settings or (), gen_length, block_length, temperature, seed, cache, dtype, device, trust_remote_code
+    )
+    _finish(answer(options, prompts or [], trace), json)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(metavar="|".join(BENCHMARKS), help="Which benchmark.")],
     quick: Annotated[bool, typer.Option("--quick", help="Smaller settings: at most ten minutes on two cores.")] = False,
@@ -440,7 +506,8 @@ def bench(
 
     caching: Delta-DiT against fewer steps, what the runtime costs. caching-rivals: the planner against cache-dit, diffusers' own caches
     and fewer steps (about an hour; the others' packages come with \\[bench]). caching-policy: BAC and the planner in a robot's policy.
-    caching-cachequant: the parts of CacheQuant on a UNet.
+    caching-cachequant: the parts of CacheQuant on a UNet. caching-compiled: caching with blocks compiled by torch.compile.
+    decoding: every schedule of text diffusion, for answers and for forwards.
     """
     from importlib import import_module
 

@@ -10,7 +10,7 @@ import typer
 
 from hasten.app.errors import BadInput
 
-CACHING, DRAWING, OUTPUT = "Caching", "Drawing", "Output"
+CACHING, DECODING, DRAWING, OUTPUT = "Caching", "Decoding", "Drawing", "Output"
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="shapes, shapes-flow, shapes-unet, a diffusers pipeline folder, or a hub id.")

@@ -59,11 +59,13 @@ class Decoded:
         tokens: int64 [R, n], without prompt; after the first end-of-text there is nothing else.
         lengths: int64 [R], tokens up to the first end-of-text, that one included: no padding is counted.
         forwards: int64 [R], forwards of the model until the row was done.
+        steps: int64 [R, n], the step of the schedule, from 1, that gave each token; 0 for what stands behind an end-of-text unasked.
     """
 
     tokens: Tensor
     lengths: Tensor
     forwards: Tensor
+    steps: Tensor
 
     @property
     def tokens_per_forward(self) -> Tensor:
@@ -72,11 +74,19 @@ class Decoded:
 
 
 class Logits(NamedTuple):
-    """What a forward gave: logits of the window [r, W, V], those of its shadow, and those of all generated columns [r, n, V]."""
+    """What a forward gave.
+
+    Attributes:
+        window: [r, W, V].
+        shadow: [r, W, V], of the window's shadow.
+        everything: [r, n, V], of all generated columns.
+        ready: bool [r], rows whose logits these are; the others must be forwarded again before they go on. None is all.
+    """
 
     window: Tensor
     shadow: Tensor | None = None
     everything: Tensor | None = None
+    ready: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Rows:
         done: bool [r].
         clock: int64 [r], steps so far.
         forwards: int64 [r], forwards so far.
+        marks: int64 [r, L], the step that gave each token; 0 where none did.
         state: Of the schedule.
     """
 
@@ -103,6 +114,7 @@ class Rows:
     done: Tensor
     clock: Tensor
     forwards: Tensor
+    marks: Tensor
     state: State
 
     def reindex(self, rows: Tensor) -> Rows:
@@ -117,6 +129,7 @@ class Rows:
             done=self.done[rows],
             clock=self.clock[rows],
             forwards=self.forwards[rows],
+            marks=self.marks[rows],
             state=self.state.reindex(rows),
         )
 
@@ -136,6 +149,7 @@ class Rows:
             done=pick(self.done, other.done),
             clock=pick(self.clock, other.clock),
             forwards=pick(self.forwards, other.forwards),
+            marks=pick(self.marks, other.marks),
             state=self.state.where(rows, other.state),
         )
 
@@ -209,16 +223,26 @@ class Loop:
         active = extent.start[:, None] + torch.arange(self.width, device=end.device) < last[:, None]
         decision, state = schedule.select(statistics, state, active)
         canvas = written(canvas, extent.start, decision.apply(current, mask_id))
+        step = torch.where(canvas.tokens == mask_id, 0, rows.clock[:, None] + 1)
+        marks = torch.where(canvas.tokens == rows.canvas.tokens, rows.marks, step)
         if isinstance(self.geometry, InsertingGeometry) and logits.everything is not None and self.eos_id is not None:
             unfilled = active & (statistics.masked & ~decision.commits | decision.remasks)
             everything = self._plain(rows.canvas, logits.everything)
             canvas, source = self.geometry.insert(canvas, extent.start, unfilled, statistics, everything, mask_id, self.eos_id)
             state = schedule.rearrange(state, source)
+            marks = _moved(marks, extent.start, source, canvas.limit - rows.canvas.limit)
         extent, done = advanced(canvas, extent._replace(end=end), decision.settled, mask_id)
         canvas, ended = self._ended(canvas)
         done = rows.done | done | ended
         rows = replace(
-            rows, canvas=canvas, extent=extent, fresh=decision.settled & ~done, done=done, clock=rows.clock + ~rows.done, state=state
+            rows,
+            canvas=canvas,
+            extent=extent,
+            fresh=decision.settled & ~done,
+            done=done,
+            clock=rows.clock + ~rows.done,
+            marks=marks,
+            state=state,
         )
         return rows, statistics
 
@@ -233,32 +257,47 @@ class Loop:
         return canvas._replace(tokens=tokens.masked_fill(generated & ~before & ended[:, None], self.eos_id)), ended
 
 
-class Collector:
-    """Takes the rows that are done out of the batch."""
+def _moved(marks: Tensor, start: Tensor, source: Tensor, added: Tensor) -> Tensor:
+    """The marks after masks came in: `added`, int64 [r], of them, where `source` says. What stands behind has moved along."""
+    new, columns = source < 0, torch.arange(marks.shape[1], device=marks.device)
+    first = start + torch.where(new.any(-1), new.int().argmax(-1), source.shape[1])
+    behind = columns >= (first + added)[:, None]
+    before = torch.where(behind, columns - added[:, None], columns)
+    return marks.gather(1, before).masked_fill(~behind & (columns >= first[:, None]), 0)
 
-    def __init__(self, rows: Rows, eos_id: int | None) -> None:
-        self.eos_id = eos_id
+
+class Collector:
+    """Takes the rows that are done out of the batch. `grows` says that a row's limit may move, so that the longest has to be found."""
+
+    def __init__(self, rows: Rows, eos_id: int | None, grows: bool = False) -> None:
+        self.eos_id, self.grows = eos_id, grows
         canvas = rows.canvas
         self.tokens = torch.empty_like(canvas.tokens[:, canvas.prompt :])
         self.limits = torch.zeros_like(canvas.limit)
         self.forwards = torch.zeros_like(rows.forwards)
+        self.steps = torch.zeros_like(self.tokens)
 
     def take(self, rows: Rows) -> Tensor:
         """Keeps the answers of rows that are done, and returns the places of the others, int64 [n]. This reads back."""
-        canvas, done = rows.canvas, rows.done.nonzero()[:, 0]
-        index = rows.index[done]
+        self.keep(rows, rows.done.nonzero()[:, 0])
+        return (~rows.done).nonzero()[:, 0]
+
+    def keep(self, rows: Rows, done: Tensor) -> None:
+        """Keeps the answers of the rows at some places, int64 [n]."""
+        canvas, index = rows.canvas, rows.index[done]
         self.tokens[index] = canvas.tokens[done, canvas.prompt :]
         self.limits[index] = canvas.limit[done] - canvas.prompt
         self.forwards[index] = rows.forwards[done]
-        return (~rows.done).nonzero()[:, 0]
+        self.steps[index] = rows.marks[done, canvas.prompt :]
 
     def result(self) -> Decoded:
         """All answers."""
-        tokens = self.tokens[:, : int(self.limits.max())]
+        longest = int(self.limits.max()) if self.grows else self.tokens.shape[1]
+        tokens, steps = self.tokens[:, :longest], self.steps[:, :longest]
         if self.eos_id is None:
-            return Decoded(tokens, self.limits, self.forwards)
+            return Decoded(tokens, self.limits, self.forwards, steps)
         length = (((tokens == self.eos_id).cumsum(-1) == 0).sum(-1) + 1).clamp(max=self.limits)
-        return Decoded(tokens, length, self.forwards)
+        return Decoded(tokens, length, self.forwards, steps)
 
 
 @dataclass(frozen=True)
@@ -271,7 +310,7 @@ class Sequential:
         refuse(self.schedule, geometry=geometry)
 
     def run(self, loop: Loop, rows: Rows) -> Decoded:
-        collector = Collector(rows, loop.eos_id)
+        collector = Collector(rows, loop.eos_id, loop.geometry.inserts)
         while len(rows.index):
             logits, rows = loop.forward(rows)
             rows, _ = loop.transition(rows, logits)
@@ -312,16 +351,9 @@ def decode(
     """
     executor = Sequential(schedule) if isinstance(schedule, Schedule) else schedule
     geometry = FixedBlocks() if geometry is None else geometry
-    executor.check(geometry)
+    length = check(prompt_ids, executor, geometry, length, eos_id)
     if executor.schedule.needs.shadow and shadow_fn is None:
         raise ValueError(f"{type(executor.schedule).__name__} needs shadow_fn, the model with a shadow block")
-    if executor.schedule.needs.shadow and geometry.inserts:
-        raise ValueError(f"{type(executor.schedule).__name__} has no shadow of the whole answer, which {type(geometry).__name__} looks at")
-    if geometry.inserts and eos_id is None:
-        raise ValueError(f"{type(geometry).__name__} needs eos_id: it looks for the end of the text")
-    if prompt_ids.ndim != 2 or not len(prompt_ids):
-        raise ValueError(f"prompt_ids must be [rows, positions] with at least one row, not {tuple(prompt_ids.shape)}")
-    length = geometry.answer_length(length)
     loop = Loop(
         logits_fn,
         executor.schedule,
@@ -331,23 +363,46 @@ def decode(
         eos_id,
         shadow_fn if executor.schedule.needs.shadow else None,
     )
-    return executor.run(loop, begin(loop, prompt_ids, length, prompt_mask, seeds))
+    origin = None if prompt_mask is None else _origin(prompt_ids, prompt_mask)
+    return executor.run(loop, begin(loop, prompt_ids, length, origin, seeds))
 
 
-def begin(loop: Loop, prompt_ids: Tensor, length: int, prompt_mask: Tensor | None, seeds: Sequence[int] | None) -> Rows:
-    """The rows before the first step; arguments as in `decode`."""
+def check(prompt_ids: Tensor, executor: Executor, geometry: Geometry, length: int | None, eos_id: int | None) -> int:
+    """The masks to begin with; arguments as in `decode`.
+
+    Raises:
+        ValueError: They do not go together.
+    """
+    executor.check(geometry)
+    if executor.schedule.needs.shadow and geometry.inserts:
+        raise ValueError(f"{type(executor.schedule).__name__} has no shadow of the whole answer, which {type(geometry).__name__} looks at")
+    if geometry.inserts and eos_id is None:
+        raise ValueError(f"{type(geometry).__name__} needs eos_id: it looks for the end of the text")
+    if prompt_ids.ndim != 2 or not len(prompt_ids):
+        raise ValueError(f"prompt_ids must be [rows, positions] with at least one row, not {tuple(prompt_ids.shape)}")
+    return geometry.answer_length(length)
+
+
+def _origin(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    """The first column of each prompt, int64 [R]."""
+    prompt = prompt_ids.shape[1]
+    origin = prompt - prompt_mask.sum(-1)
+    if prompt_mask.shape != prompt_ids.shape or not torch.equal(
+        prompt_mask.bool(), torch.arange(prompt, device=prompt_ids.device) >= origin[:, None]
+    ):
+        raise ValueError("prompt_mask must be of the shape of prompt_ids, False for padding on the left and True from there on")
+    return origin
+
+
+def begin(loop: Loop, prompt_ids: Tensor, length: int, origin: Tensor | None, seeds: Sequence[int] | None) -> Rows:
+    """The rows before the first step; arguments as in `decode`, and `origin`, int64 [R], the first column of each prompt."""
     (rows, prompt), device = prompt_ids.shape, prompt_ids.device
     seeds = range(rows) if seeds is None else seeds
     if len(seeds) != rows:
         raise ValueError(f"seeds must have an entry for each of the {rows} rows, not {len(seeds)}")
     mask_id, geometry = loop.sampling.mask_id, loop.geometry
-    origin = torch.zeros(rows, dtype=torch.int64, device=device)
-    if prompt_mask is not None:
-        origin = prompt - prompt_mask.sum(-1)
-        if prompt_mask.shape != prompt_ids.shape or not torch.equal(
-            prompt_mask.bool(), torch.arange(prompt, device=device) >= origin[:, None]
-        ):
-            raise ValueError("prompt_mask must be of the shape of prompt_ids, False for padding on the left and True from there on")
+    if origin is None:
+        origin = torch.zeros(rows, dtype=torch.int64, device=device)
     limit = torch.full((rows,), prompt + length, device=device)
     canvas = Canvas(torch.cat([prompt_ids, torch.full((rows, length), mask_id, device=device)], 1), prompt, origin, limit)
     forwards = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -365,5 +420,6 @@ def begin(loop: Loop, prompt_ids: Tensor, length: int, prompt_mask: Tensor | Non
         done=torch.zeros(rows, dtype=torch.bool, device=device),
         clock=torch.zeros(rows, dtype=torch.int64, device=device),
         forwards=forwards,
+        marks=torch.zeros_like(canvas.tokens),
         state=loop.schedule.init(rows, loop.width, device),
     )

@@ -37,26 +37,56 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.skip_guidance import SkipGuidance
     from hasten.accelerators.caching.teacache import TeaCache
     from hasten.accelerators.caching.trace import Trace
+    from hasten.accelerators.decoding.freedave import FreeDave
+    from hasten.accelerators.decoding.wino import WINO
     from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain, trace
     from hasten.pipelines.calibration import calibrate
+    from hasten.pipelines.decoding_schedulers import (
+        CCDDecoding,
+        CreditDecoding,
+        EditingDecoding,
+        EntropyBoundDecoding,
+        FactorDecoding,
+        HierarchicalDecoding,
+        KLASSDecoding,
+        RCRDecoding,
+        SaberDecoding,
+        StaticDecoding,
+        ThresholdDecoding,
+    )
     from hasten.pipelines.planning import plan
+    from hasten.pipelines.text import TextPipeline
 
 __all__ = [
     "BAC",
     "FORA",
+    "WINO",
     "AcceleratedPipeline",
     "Action",
+    "CCDDecoding",
     "CacheQuant",
+    "CreditDecoding",
     "DeepCache",
     "DeltaDiT",
+    "EditingDecoding",
+    "EntropyBoundDecoding",
+    "FactorDecoding",
     "FirstBlock",
     "Forecast",
+    "FreeDave",
+    "HierarchicalDecoding",
+    "KLASSDecoding",
     "MagCache",
     "Plan",
     "PlanError",
+    "RCRDecoding",
     "RunReport",
+    "SaberDecoding",
     "SkipGuidance",
+    "StaticDecoding",
     "TeaCache",
+    "TextPipeline",
+    "ThresholdDecoding",
     "Trace",
     "__version__",
     "accelerate",
@@ -68,6 +98,20 @@ __all__ = [
 ]
 
 _HOME = {
+    "CCDDecoding": "hasten.pipelines.decoding_schedulers",
+    "CreditDecoding": "hasten.pipelines.decoding_schedulers",
+    "EditingDecoding": "hasten.pipelines.decoding_schedulers",
+    "EntropyBoundDecoding": "hasten.pipelines.decoding_schedulers",
+    "FactorDecoding": "hasten.pipelines.decoding_schedulers",
+    "HierarchicalDecoding": "hasten.pipelines.decoding_schedulers",
+    "KLASSDecoding": "hasten.pipelines.decoding_schedulers",
+    "RCRDecoding": "hasten.pipelines.decoding_schedulers",
+    "SaberDecoding": "hasten.pipelines.decoding_schedulers",
+    "StaticDecoding": "hasten.pipelines.decoding_schedulers",
+    "ThresholdDecoding": "hasten.pipelines.decoding_schedulers",
+    "TextPipeline": "hasten.pipelines.text",
+    "FreeDave": "hasten.accelerators.decoding.freedave",
+    "WINO": "hasten.accelerators.decoding.wino",
     "CacheQuant": "hasten.accelerators.caching.cachequant",
     "TeaCache": "hasten.accelerators.caching.teacache",
     "FirstBlock": "hasten.accelerators.caching.first_block",
