@@ -84,4 +84,5 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
     listed = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
     p_rest, q_rest = ((1 - mass.sum(-1)).clamp(min=_LEAST) for mass in (p, q))
-    return listed + p_rest * (p_rest / q_rest).log()
+    # Between equals rounding leaves a little on either side of 0.
+    return (listed + p_rest * (p_rest / q_rest).log()).clamp(min=0)

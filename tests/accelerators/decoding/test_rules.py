@@ -281,6 +281,12 @@ def test_the_divergence_of_a_list_is_at_most_the_true_one_and_that_one_if_the_li
     assert float(divergence(log_p, log_q)) == pytest.approx(true, abs=1e-9)
 
 
+def test_the_divergence_is_never_below_zero() -> None:
+    log_p = torch.randn(512, 8, generator=torch.Generator().manual_seed(0)).mul(4).log_softmax(-1)
+    assert bool((divergence(log_p, log_p + 1e-7 * torch.randn(512, 8, generator=torch.Generator().manual_seed(1))) >= 0).all())
+
+
+
 def test_klass_does_not_take_the_first_step_of_a_block_for_a_stable_one() -> None:
     episode = Episode.of(3, alike=1.0)  # the same logits in every step
     trace = episode.run(KLASS(threshold=0.0, divergence=0.01, window=2))
