@@ -286,7 +286,6 @@ def test_the_divergence_is_never_below_zero() -> None:
     assert bool((divergence(log_p, log_p + 1e-7 * torch.randn(512, 8, generator=torch.Generator().manual_seed(1))) >= 0).all())
 
 
-
 def test_klass_does_not_take_the_first_step_of_a_block_for_a_stable_one() -> None:
     episode = Episode.of(3, alike=1.0)  # the same logits in every step
     trace = episode.run(KLASS(threshold=0.0, divergence=0.01, window=2))
