@@ -8,10 +8,8 @@ of PixArt-alpha-XL/2 at 256x256 pixels and random weights: time only. All varian
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,23 +27,24 @@ from hasten.benchmarks.caching_page import page, rows_table
 from hasten.benchmarks.harness import (
     Bar,
     BenchError,
+    Note,
     Ratios,
     Results,
     Timing,
     Variant,
     bars_table,
-    check_target,
+    command_line,
+    conduct,
     interleave,
     median_interval,
     paired_difference,
     paired_ratios,
-    progress_bar,
     results_page,
     spread,
     steady_memory,
     surroundings,
+    unnoted,
     wilson,
-    write_text,
 )
 from hasten.benchmarks.subjects import SIZES, Costs, Output, RandomSubject, ShapesSubject, Subject
 from hasten.pipelines.zoo.loading import path_of
@@ -57,7 +56,8 @@ ALL_COMPUTE_LIMIT, FORCE_STORE_LIMIT, BOUND_LIMIT = 1.01, 1.03, 0.95
 CONTROL_ROUNDS = 2
 """Rounds in which the plans that reuse nothing take part: those show bit-identity, their cost is told from short runs."""
 
-PAGE = results_page("caching")
+NAME = "caching"
+PAGE = results_page(NAME)
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,13 @@ def measure(
     short_steps: int,
     converged_rounds: int,
     deadline: float | None,
-    note: Callable[[str, int], Callable[[], None]],
+    note: Note,
 ) -> Measured:
     """Runs every entry in turns, with a plain run of timed blocks in every round, then the short paired runs.
 
     Args:
         least: Rounds that are made whatever the deadline.
         short_steps: Steps of the short runs.
-        note: Given a text and a number of runs, returns what to call after each (the progress bar).
     """
     chosen = entries(subject, methods)
     outputs: dict[str, list[Output]] = {entry.variant: [] for entry in chosen}
@@ -355,7 +354,7 @@ def _doubt(low: float, high: float, limit: float) -> str:
 # ------------------------------------------------------------------------------------------------------------------- run
 
 
-def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Results:
+def execute(settings: Settings, note: Note = unnoted, *, quick: bool, model: Path | None = None) -> Results:
     """Measures and returns the results, rows and bars filled in.
 
     Args:
@@ -371,50 +370,44 @@ def execute(settings: Settings, *, quick: bool, model: Path | None = None) -> Re
             folder = model if model is not None else path_of("shapes")
         except FileNotFoundError as error:
             raise BenchError(f"{error}; `python -m hasten.benchmarks.caching --only xl` runs without them") from None
-    results = Results("caching", quick, settings={**asdict(settings), "block_share": {}})
+    results = Results(NAME, quick, settings={**asdict(settings), "block_share": {}})
     results.settings["methods"] = [str(m) for m in settings.methods]
     results.settings["xl_methods"] = [str(m) for m in settings.xl_methods]
     steady_memory()
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
-    with progress_bar() as bar:
-
-        def note(text: str, total: int) -> Callable[[], None]:
-            task = bar.add_task(text, total=total)
-            return lambda: bar.advance(task)
-
-        if "shapes" in settings.parts:
-            shapes = ShapesSubject(folder, captions=settings.captions, batch=settings.batch, steps=settings.steps)
-            results.settings["guidance_scale"] = shapes.guidance_scale
-            rounds = settings.captions // settings.batch
-            measured = measure(
-                shapes,
-                settings.methods,
-                settings,
-                rounds=rounds,
-                least=rounds,  # every caption is drawn, whatever the deadline
-                short_steps=min(6, shapes.steps),
-                converged_rounds=min(rounds, settings.converged_rounds),
-                deadline=_share(deadline, 0.45),
-                note=note,
-            )
-            results.rows += rows_of(measured, shapes.captions)
-            results.settings["block_share"][shapes.name] = measured.costs.share
-            del shapes, measured
-        if "xl" in settings.parts:
-            subject = RandomSubject(settings.xl_size, steps=settings.xl_steps)
-            measured = measure(
-                subject,
-                settings.xl_methods,
-                settings,
-                rounds=settings.xl_rounds,
-                least=min(3, settings.xl_rounds),
-                short_steps=min(2, subject.steps),
-                converged_rounds=0,
-                deadline=deadline,
-                note=note,
-            )
-            results.rows += rows_of(measured, None)
-            results.settings["block_share"][subject.name] = measured.costs.share
+    if "shapes" in settings.parts:
+        shapes = ShapesSubject(folder, captions=settings.captions, batch=settings.batch, steps=settings.steps)
+        results.settings["guidance_scale"] = shapes.guidance_scale
+        rounds = settings.captions // settings.batch
+        measured = measure(
+            shapes,
+            settings.methods,
+            settings,
+            rounds=rounds,
+            least=rounds,  # every caption is drawn, whatever the deadline
+            short_steps=min(6, shapes.steps),
+            converged_rounds=min(rounds, settings.converged_rounds),
+            deadline=_share(deadline, 0.45),
+            note=note,
+        )
+        results.rows += rows_of(measured, shapes.captions)
+        results.settings["block_share"][shapes.name] = measured.costs.share
+        del shapes, measured
+    if "xl" in settings.parts:
+        subject = RandomSubject(settings.xl_size, steps=settings.xl_steps)
+        measured = measure(
+            subject,
+            settings.xl_methods,
+            settings,
+            rounds=settings.xl_rounds,
+            least=min(3, settings.xl_rounds),
+            short_steps=min(2, subject.steps),
+            converged_rounds=0,
+            deadline=deadline,
+            note=note,
+        )
+        results.rows += rows_of(measured, None)
+        results.settings["block_share"][subject.name] = measured.costs.share
     results.bars = bars_of(results.rows)
     return results
 
@@ -444,30 +437,22 @@ def run(
     Returns:
         Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
     """
-    try:
-        check_target(json_path, "--json")
-        check_target(docs, "--docs")
-        results = execute(settings or (QUICK if quick else FULL), quick=quick, model=model)
-    except BenchError as error:
-        print(f"hasten bench caching: {error}", file=sys.stderr)
-        return 2
-    if json_path is not None:
-        results.write_json(json_path)
-    if docs is not None:
-        write_text(docs, page(results))
-    print(surroundings(results))
+    chosen = {"settings": settings or (QUICK if quick else FULL), "quick": quick, "model": model}
+    return conduct(NAME, execute, page, chosen, json_path=json_path, docs=docs, shown=shown)
+
+
+def shown(results: Results) -> str:
+    """What is printed: a table for each model, the bars last."""
+    parts = [surroundings(results)]
     for name in dict.fromkeys(row["model"] for row in results.rows):
-        print(f"\n{name}\n{rows_table([row for row in results.rows if row['model'] == name])}")
-    print(f"\n{bars_table(results.bars)}")
-    return 0 if results.all_hold else 1
+        parts.append(f"{name}\n{rows_table([row for row in results.rows if row['model'] == name])}")
+    return "\n\n".join([*parts, bars_table(results.bars)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m hasten.benchmarks.caching`."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.caching", description="Caching against plain and fewer steps.")
+    parser = command_line("caching", "Caching against plain and fewer steps.")
     parser.add_argument("--quick", action="store_true", help="within ten minutes on two cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there (default: docs/results/caching.md of the checkout)")
     parser.add_argument("--only", choices=("shapes", "xl"), help="one of the two models; writes no page unless --docs is given")
     parser.add_argument(
         "--size", choices=sorted(SIZES), default="xl", help="of the random denoiser; another than xl writes no page by itself"

@@ -7,7 +7,6 @@ Blocks are compiled one by one with `fullgraph=True`, so a graph break would be 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,26 +20,23 @@ from hasten.accelerators.caching.delta_dit import DeltaDiT
 from hasten.accelerators.caching.forecast import Forecast
 from hasten.benchmarks.harness import (
     Bar,
-    BenchError,
+    Note,
     Ratios,
     Results,
     Timing,
-    bars_table,
-    check_target,
+    bars_last,
+    conduct,
     median_interval,
     paired_ratios,
-    progress_bar,
     results_page,
     spread,
     steady_memory,
-    surroundings,
     table,
-    write_text,
 )
 from hasten.benchmarks.rivals import NOISE_SEED, Drawer, captions
 from hasten.pipelines.accelerated import accelerate
 
-PAGE = results_page("caching-compiled")
+NAME = "caching-compiled"
 CASE, STEPS = "shapes, DPM++ 2M", 50
 METHODS: dict[str, Any] = {"Delta-DiT": DeltaDiT(interval=2, cached=1.0), "forecast": Forecast(interval=3)}
 FULL: dict[str, Any] = {"batch": 8, "rounds": 9}
@@ -61,10 +57,11 @@ def compile_blocks(denoiser: nn.Module, sites: tuple[str, ...]) -> None:
         denoiser.get_submodule(site).compile(fullgraph=True)
 
 
-def execute(batch: int, rounds: int, tick: Callable[[], None] = lambda: None) -> Results:
+@torch.no_grad()
+def execute(batch: int, rounds: int, note: Note) -> Results:
     """Times all ways in turns and compares what they make."""
     steady_memory()
-    results = Results("caching-compiled", False, settings={"batch": batch, "rounds": rounds, "case": CASE})
+    results = Results(NAME, False, settings={"batch": batch, "rounds": rounds, "case": CASE})
     words = captions(batch, NOISE_SEED)
     drawers = {"": Drawer(CASE, words, NOISE_SEED), "compiled": Drawer(CASE, words, NOISE_SEED)}
     compile_blocks(drawers["compiled"].pipe.transformer, drawers["compiled"].trace.sites)
@@ -90,7 +87,7 @@ def execute(batch: int, rounds: int, tick: Callable[[], None] = lambda: None) ->
         return run
 
     others = {name: timed(name) for name in targets if name != "plain"}
-    ratios = paired_ratios(timed("plain"), others, rounds=rounds, least=rounds, done=tick)
+    ratios = paired_ratios(timed("plain"), others, rounds=rounds, least=rounds, done=note("rounds", rounds))
     ratios["plain"] = Ratios([1.0], [])
     for name in targets:
         alone = made[name.removesuffix(", compiled")].latents if "," in name else made["plain"].latents
@@ -134,16 +131,13 @@ def page(results: Results) -> str:
         ]
         for row in results.rows
     ]
-    return "\n\n".join([
-        "# Compiled and cached blocks, measured",
-        "Written by `hasten bench caching-compiled`, never by hand.",
-        surroundings(results),
+    return bars_last(
+        results,
+        "Compiled and cached blocks, measured",
         f"`{CASE}`, {STEPS} steps, calls of {results.settings['batch']} captions, {results.settings['rounds']} rounds. Difference: "
         "median over captions of |latents - those of the same method without compilation| / their norm; of methods alone, against plain.",
         table(["variant", "speed-up", "95% interval", "difference", "recompiled"], lines),
-        "## Bars",
-        bars_table(results.bars),
-    ]) + "\n"  # fmt: skip
+    )
 
 
 def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:
@@ -158,20 +152,5 @@ def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = 
     Returns:
         Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
     """
-    docs = docs if docs is not None or quick else PAGE
-    try:
-        check_target(json_path, "--json")
-        check_target(docs, "--docs")
-    except BenchError as error:
-        print(f"hasten bench caching-compiled: {error}", file=sys.stderr)
-        return 2
     chosen = {**(QUICK if quick else FULL), **settings}
-    with progress_bar() as bar, torch.no_grad():
-        task = bar.add_task("rounds", total=chosen["rounds"])
-        results = execute(**chosen, tick=lambda: bar.advance(task))
-    if json_path is not None:
-        results.write_json(json_path)
-    if docs is not None:
-        write_text(docs, page(results))
-    print(bars_table(results.bars))
-    return 0 if results.all_hold else 1
+    return conduct(NAME, execute, page, chosen, json_path=json_path, docs=docs if docs is not None or quick else results_page(NAME))

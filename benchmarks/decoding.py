@@ -9,11 +9,9 @@ held against threshold decoding at the same number of tokens per forward.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,16 +43,19 @@ from hasten.benchmarks.decoding_page import comparison_table, page, pictures, ro
 from hasten.benchmarks.harness import (
     Bar,
     BenchError,
+    Note,
     Results,
     bars_table,
-    check_target,
+    command_line,
+    conduct,
     paired_difference,
-    progress_bar,
+    publish,
+    read_results,
+    refused,
     results_page,
     steady_memory,
     surroundings,
     wilson,
-    write_text,
 )
 from hasten.pipelines.text import TextPipeline
 from hasten.pipelines.zoo.puzzles import BLOCK_LENGTH, GEN_LENGTH, TASKS, check, load_puzzles, validation_puzzles
@@ -67,7 +68,8 @@ STATIC, THRESHOLD = "static", "threshold"
 SEED = 3
 """Of the prompts: neither those that training was watched with nor those of the model's card."""
 
-PAGE = results_page("decoding")
+NAME = "decoding"
+PAGE = results_page(NAME)
 
 ONE, AT_ONCE = StaticDecoding(), StaticDecoding(steps=1)
 
@@ -330,6 +332,18 @@ class Subject:
         return characters, torch.stack(grid).numpy()
 
 
+def subject_of(model: Path | None) -> Subject:
+    """The model in a folder; the one that ships unless told.
+
+    Raises:
+        BenchError: There is none.
+    """
+    try:
+        return Subject(model)
+    except (OSError, ValueError) as error:
+        raise BenchError(f"--model: no puzzles model could be loaded: {str(error).splitlines()[0]}") from None
+
+
 # ------------------------------------------------------------------------------------------------------------------ rows
 
 
@@ -532,12 +546,13 @@ def bars_of(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> l
 
 def execute(
     settings: Settings,
+    note: Note,
     *,
     quick: bool,
     model: Path | None = None,
     entries: Sequence[Entry] = ENTRIES,
     speed: decoding_speed.Settings | None = None,
-) -> tuple[Results, Subject]:
+) -> Results:
     """Measures and returns the results, rows and bars filled in.
 
     Args:
@@ -550,63 +565,55 @@ def execute(
     Raises:
         BenchError: There is no model.
     """
-    try:
-        subject = Subject(model)
-    except (OSError, ValueError) as error:
-        raise BenchError(f"--model: no puzzles model could be loaded: {str(error).splitlines()[0]}") from None
+    subject = subject_of(model)
     steady_memory()
-    results = Results("decoding", quick, settings={**asdict(settings), "block_length": BLOCK_LENGTH, "gen_length": GEN_LENGTH})
-    with progress_bar() as bar:
-
-        def note(text: str, total: int) -> Callable[[], None]:
-            task = bar.add_task(text, total=total)
-            return lambda: bar.advance(task)
-
-        puzzles = [puzzle for task in TASKS for puzzle in validation_puzzles(task, settings.prompts, SEED)]
-        prompts, tasks = [puzzle.prompt for puzzle in puzzles], [puzzle.task for puzzle in puzzles]
-        tick, found = note("schedules", len(entries)), []
-        for entry in entries:
-            found.append(subject.answer(entry.schedule, prompts, settings.batch, bf16=settings.bf16))
-            tick()
-        results.rows = rows_of(entries, found, tasks)
-        results.settings["comparisons"] = comparisons(entries, found, tasks, settings.draws)
-        some = [puzzle.prompt for task in TASKS for puzzle in validation_puzzles(task, settings.equal_prompts, SEED)]
-        equal = equivalences(subject, some, settings.batch, note("equivalences", len(LIMITS)))
-        some = [puzzle.prompt for task in TASKS for puzzle in validation_puzzles(task, settings.freedave_prompts, SEED)]
-        tick = note("FreeDave against static", len(settings.freedave_batches) * (1 + len(settings.drafts)))
-        lossless = losslessness(subject, some, settings.freedave_batches, settings.drafts, tick)
-        results.settings |= {"equivalences": equal, "freedave": lossless}
-        some = [puzzle.prompt for task in TASKS for puzzle in validation_puzzles(task, settings.equal_prompts, SEED)]
-        results.settings["engine"] = engine_rows(subject, some, note("the engine against the loop", len(SHOWN) + 1))
-        tick = note("the engine against LLaDA2Pipeline", 1)
-        results.settings["speed"] = decoding_speed.measure(speed)
+    results = Results(NAME, quick, settings={**asdict(settings), "block_length": BLOCK_LENGTH, "gen_length": GEN_LENGTH})
+    puzzles = [puzzle for task in TASKS for puzzle in validation_puzzles(task, settings.prompts, SEED)]
+    prompts, tasks = [puzzle.prompt for puzzle in puzzles], [puzzle.task for puzzle in puzzles]
+    tick, found = note("schedules", len(entries)), []
+    for entry in entries:
+        found.append(subject.answer(entry.schedule, prompts, settings.batch, bf16=settings.bf16))
         tick()
+    results.rows = rows_of(entries, found, tasks)
+    results.settings["comparisons"] = comparisons(entries, found, tasks, settings.draws)
+    some = [puzzle.prompt for task in TASKS for puzzle in validation_puzzles(task, settings.equal_prompts, SEED)]
+    equal = equivalences(subject, some, settings.batch, note("equivalences", len(LIMITS)))
+    some = [puzzle.prompt for task in TASKS for puzzle in validation_puzzles(task, settings.freedave_prompts, SEED)]
+    tick = note("FreeDave against static", len(settings.freedave_batches) * (1 + len(settings.drafts)))
+    lossless = losslessness(subject, some, settings.freedave_batches, settings.drafts, tick)
+    results.settings |= {"equivalences": equal, "freedave": lossless}
+    some = [puzzle.prompt for task in TASKS for puzzle in validation_puzzles(task, settings.equal_prompts, SEED)]
+    results.settings["engine"] = engine_rows(subject, some, note("the engine against the loop", len(SHOWN) + 1))
+    tick = note("the engine against LLaDA2Pipeline", 1)
+    results.settings["speed"] = decoding_speed.measure(speed)
+    tick()
     results.bars = bars_of(results.rows, results.settings)
-    return results, subject
+    return results
 
 
-def publish(results: Results, subject: Subject, docs: Path) -> None:
-    """Writes the page, and the pictures beside its folder."""
+def draw(results: Results, folder: Path, model: Path | None = None) -> None:
+    """The page's pictures: the settings, and the order in which each schedule decodes."""
+    subject = subject_of(model)
     orders = {name: subject.order(schedule, PICTURED) for name, schedule in SHOWN.items()}
-    pictures(results.rows, orders, PICTURED, docs.parent.parent / "pictures")
-    write_text(docs, page(results))
+    pictures(results.rows, orders, PICTURED, folder)
 
 
-def assemble(file: Path, subject: Subject, docs: Path) -> None:
+def shown(results: Results) -> str:
+    """What is printed: the tables, the bars last."""
+    tables = [rows_table(results.rows), comparison_table(results.settings["comparisons"]), bars_table(results.bars)]
+    return "\n\n".join([surroundings(results), *tables])
+
+
+def assemble(file: Path, docs: Path, model: Path | None = None) -> None:
     """Writes the page and the pictures from results that were measured before; bars are computed anew.
 
     Raises:
-        BenchError: The file holds no results of this benchmark.
+        BenchError: The file holds no results of this benchmark, or there is no model.
     """
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise BenchError(f"--assemble: {file} cannot be read as results: {error}") from None
-    if data.get("name") != "decoding":
-        raise BenchError(f"--assemble: {file} holds no results of this benchmark")
-    results = Results("decoding", data["quick"], data["settings"], data["rows"], machine=data["machine"], versions=data["versions"])
+    data = read_results(file, NAME)
+    results = Results(NAME, data["quick"], data["settings"], data["rows"], machine=data["machine"], versions=data["versions"])
     results.bars = bars_of(results.rows, results.settings)
-    publish(results, subject, docs)
+    publish(results, docs, page, partial(draw, model=model))
 
 
 def run(
@@ -634,28 +641,15 @@ def run(
         Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
     """
     docs = docs if docs is not None or quick else PAGE
-    try:
-        check_target(json_path, "--json")
-        check_target(docs, "--docs")
-        results, subject = execute(settings or (QUICK if quick else FULL), quick=quick, model=model, entries=entries, speed=speed)
-    except BenchError as error:
-        print(f"hasten bench decoding: {error}", file=sys.stderr)
-        return 2
-    if json_path is not None:
-        results.write_json(json_path)
-    if docs is not None:
-        publish(results, subject, docs)
-    print(surroundings(results))
-    print(f"\n{rows_table(results.rows)}\n\n{comparison_table(results.settings['comparisons'])}\n\n{bars_table(results.bars)}")
-    return 0 if results.all_hold else 1
+    chosen = {"settings": settings or (QUICK if quick else FULL), "quick": quick, "model": model, "entries": entries, "speed": speed}
+    pictured = partial(draw, model=model)
+    return conduct(NAME, execute, page, chosen, json_path=json_path, docs=docs, pictures=pictured, shown=shown)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m hasten.benchmarks.decoding`."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.decoding", description="Decoding schedules on puzzles.")
+    parser = command_line("decoding", "Decoding schedules on puzzles.")
     parser.add_argument("--quick", action="store_true", help="within ten minutes on two cores")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there (default: docs/results/decoding.md)")
     parser.add_argument("--prompts", type=int, help="for each task")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="another puzzles model")
     parser.add_argument("--assemble", type=Path, metavar="FILE", help="run nothing: the page and the pictures from this JSON")
@@ -665,10 +659,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if docs is None:
             parser.error("--assemble needs --docs where hasten is installed")
         try:
-            assemble(options.assemble, Subject(options.model), docs)
+            assemble(options.assemble, docs, options.model)
         except BenchError as error:
-            print(f"hasten bench decoding: {error}", file=sys.stderr)
-            return 2
+            return refused(NAME, error)
         return 0
     if options.prompts is not None and not 1 <= options.prompts <= 4_000:
         parser.error(f"--prompts must be from 1 to 4000, not {options.prompts}")

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine, interleaved timing, paired statistics, and the writers of JSON and Markdown.
+"""What every benchmark shares: the machine, interleaved timing, paired statistics, the writers of JSON and Markdown, and the whole run.
 
 Variants take turns within one process and are compared as ratios of neighbouring runs, so that what the machine does beside
 (another job, a change of clock) falls on all of them alike. Absolute times mean something on one machine only.
@@ -6,12 +6,14 @@ Variants take turns within one process and are compared as ratios of neighbourin
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,14 +77,6 @@ def results_page(name: str) -> Path | None:
     """`docs/results/NAME.md` of the source checkout this file lies in, or None where it is installed."""
     root = Path(__file__).resolve().parents[1]
     return root / "docs" / "results" / f"{name}.md" if (root / "pyproject.toml").is_file() else None
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress bar on stderr, so that stdout has nothing but results."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield progress
 
 
 def steady_memory() -> None:
@@ -384,6 +378,21 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
+def read_results(path: Path, name: str) -> dict[str, Any]:
+    """The JSON that benchmark `name` wrote, for `--assemble`.
+
+    Raises:
+        BenchError: The file cannot be read, or holds something else.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"--assemble: {path} cannot be read as results: {error}") from None
+    if data.get("name") != name:
+        raise BenchError(f"--assemble: {path} holds no results of this benchmark")
+    return data
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """A Markdown table, padded so that it reads well in a terminal too.
 
@@ -419,6 +428,138 @@ def surroundings(results: Results) -> str:
     return f"Machine: {', '.join(parts)}.\n\nVersions: {', '.join(f'{name} {version}' for name, version in results.versions.items())}."
 
 
+def bars_last(results: Results, title: str, *parts: str) -> str:
+    """A Markdown page: who wrote it and on what machine, then the parts, and the bars at the end."""
+    head = [f"# {title}", f"Written by `hasten bench {results.name}`, never by hand.", surroundings(results)]
+    return "\n\n".join([*head, *parts, "## Bars", bars_table(results.bars)]) + "\n"
+
+
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, least and greatest."""
     return statistics.median(values), min(values), max(values)
+
+
+# --------------------------------------------------------------------------------------------------------- the whole run
+
+Note = Callable[[str, int | None], Callable[[], None]]
+"""Adds a line to the progress bar: given its text and how many runs there will be (None where nobody knows), returns what to call after
+each of them."""
+
+
+def unnoted(text: str, total: int | None) -> Callable[[], None]:
+    """A `Note` that shows nothing."""
+    return lambda: None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Note]:
+    """A progress bar on stderr, so that stdout has nothing but results. It appears with its first line: what is refused before anything
+    ran leaves one line there and no empty bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True))
+
+    def note(text: str, total: int | None) -> Callable[[], None]:
+        progress.start()
+        task = progress.add_task(text, total=total)
+        return lambda: progress.advance(task)
+
+    try:
+        yield note
+    finally:
+        if progress.tasks:
+            progress.stop()
+
+
+def publish(results: Results, docs: Path, page: Callable[[Results], str], pictures: Callable[[Results, Path], None] | None = None) -> None:
+    """Writes the page; its pictures go into the folder `pictures` beside the page's own."""
+    if pictures is not None:
+        pictures(results, docs.parent.parent / "pictures")
+    write_text(docs, page(results))
+
+
+def shown_bars(results: Results) -> str:
+    """What is printed unless a benchmark has more to show."""
+    return bars_table(results.bars)
+
+
+def refused(name: str, error: BenchError) -> int:
+    """Says in one line on stderr why a benchmark was not run; returns the exit code for that."""
+    print(f"hasten bench {name}: {error}", file=sys.stderr)
+    return 2
+
+
+def conduct(
+    name: str,
+    execute: Callable[..., Results],
+    page: Callable[[Results], str],
+    settings: Mapping[str, Any],
+    *,
+    json_path: Path | None,
+    docs: Path | None,
+    pictures: Callable[[Results, Path], None] | None = None,
+    shown: Callable[[Results], str] = shown_bars,
+) -> int:
+    """A benchmark from beginning to end: its files are tried, it is carried out under a progress bar, written down and printed.
+
+    Args:
+        name: As `hasten bench NAME` knows it.
+        execute: Measures; called with `settings` and a `note` by name.
+        page: The results as Markdown.
+        settings: Arguments of `execute`.
+        json_path: Where the JSON goes, or None.
+        docs: Where the page goes, or None.
+        pictures: Draws the page's pictures into a folder.
+        shown: What is printed at the end, the bars last.
+
+    Returns:
+        Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
+    """
+    try:
+        check_target(json_path, "--json")
+        check_target(docs, "--docs")
+        with progress_bar() as note:
+            results = execute(**settings, note=note)
+    except BenchError as error:
+        return refused(name, error)
+    if json_path is not None:
+        results.write_json(json_path)
+    if docs is not None:
+        publish(results, docs, page, pictures)
+    print(shown(results))
+    return 0 if results.all_hold else 1
+
+
+def command_line(module: str, about: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m hasten.benchmarks.MODULE`, with `--json` and `--docs`.
+
+    Args:
+        about: The first line is shown; a module's `__doc__` will do.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m hasten.benchmarks.{module}", description=(about or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there (default: docs/results of the checkout)")
+    return parser
+
+
+def run_from_command_line(
+    run: Callable[..., int],
+    parser: argparse.ArgumentParser,
+    settings: Mapping[str, tuple[Any, str]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Calls `run` with settings that are whole numbers, or tuples of them, from the command line.
+
+    Args:
+        run: Takes `quick`, `json_path` and `docs`, and the settings by name.
+        parser: Of `command_line`.
+        settings: For each what it is unless told, and what it means.
+        arguments: Those of the process unless given.
+
+    Returns:
+        What `run` returns.
+    """
+    for name, (usual, meaning) in settings.items():
+        many = "+" if isinstance(usual, tuple) else None
+        parser.add_argument(f"--{name}", type=int, nargs=many, default=usual, help=f"{meaning} (default: %(default)s)")
+    options = vars(parser.parse_args(arguments))
+    return run(False, options.pop("json"), options.pop("docs"), **options)

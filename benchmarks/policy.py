@@ -8,11 +8,9 @@ noise for all.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +24,25 @@ from hasten.accelerators.caching.runtime import Session
 from hasten.accelerators.caching.trace import Trace
 from hasten.benchmarks.harness import (
     Bar,
-    BenchError,
+    Note,
     Results,
-    bars_table,
-    check_target,
+    bars_last,
+    command_line,
+    conduct,
     median_interval,
     paired_difference,
-    progress_bar,
     results_page,
+    run_from_command_line,
     steady_memory,
-    surroundings,
     table,
     wilson,
-    write_text,
 )
 from hasten.pipelines.calibration import calibrate
 from hasten.pipelines.planning import front
 from hasten.pipelines.zoo.reach.policy import Sampler, load_policy, sample_actions
 from hasten.pipelines.zoo.reach.simulator import observe, run_episodes, scenes_of, stream_of
 
-PAGE = results_page("caching-policy")
+NAME = "caching-policy"
 STEPS, BATCH = 100, 32
 SPEEDUP, POINTS, IDLE_SHARE = 3.4, 1.0, 0.03
 """The bars: the paper's speed-up, success within a point of full compute, and what a step that reuses everything may cost."""
@@ -131,10 +128,10 @@ class Bench:
         return found + [Variant(f"{PLANNER}, {count} of {STEPS}", made) for count, (made, _) in plans.items()]
 
 
-def execute(episodes: int, rounds: int, updates: Sequence[int], note: Callable[[str, int], Callable[[], None]]) -> Results:
+def execute(episodes: int, rounds: int, updates: Sequence[int], note: Note) -> Results:
     """Measures time in turns, then success."""
     steady_memory()
-    results = Results("caching-policy", False, settings={"episodes": episodes, "rounds": rounds, "updates": list(updates)})
+    results = Results(NAME, False, settings={"episodes": episodes, "rounds": rounds, "updates": list(updates)})
     with torch.no_grad():
         bench = Bench(episodes)
         bench.call(None)
@@ -224,16 +221,13 @@ def page(results: Results) -> str:
         ]
         for row in results.rows
     ]
-    return "\n\n".join([
-        "# Caching in a policy, measured",
-        "Written by `hasten bench caching-policy`, never by hand.",
-        surroundings(results),
+    return bars_last(
+        results,
+        "Caching in a policy, measured",
         f"`reach`, {STEPS} DDPM steps, calls of {BATCH} observations timed in turns ({s['rounds']} rounds); success of {s['episodes']} "
         "episodes, the same scenes and noise for all. Schedules are calibrated on one scene. An idle step reuses everything.",
         table(head, lines),
-        "## Bars",
-        bars_table(results.bars),
-    ]) + "\n"  # fmt: skip
+    )
 
 
 def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:
@@ -248,38 +242,15 @@ def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = 
     Returns:
         Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
     """
-    docs = docs if docs is not None or quick else PAGE
-    try:
-        check_target(json_path, "--json")
-        check_target(docs, "--docs")
-    except BenchError as error:
-        print(f"hasten bench caching-policy: {error}", file=sys.stderr)
-        return 2
-    with progress_bar() as bar:
-
-        def note(text: str, total: int) -> Callable[[], None]:
-            task = bar.add_task(text, total=total)
-            return lambda: bar.advance(task)
-
-        results = execute(**{**(QUICK if quick else FULL), **settings}, note=note)
-    if json_path is not None:
-        results.write_json(json_path)
-    if docs is not None:
-        write_text(docs, page(results))
-    print(bars_table(results.bars))
-    return 0 if results.all_hold else 1
+    chosen = {**(QUICK if quick else FULL), **settings}
+    return conduct(NAME, execute, page, chosen, json_path=json_path, docs=docs if docs is not None or quick else results_page(NAME))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m hasten.benchmarks.policy`."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.policy", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--episodes", type=int, default=FULL["episodes"], help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=FULL["rounds"], help="timings of each variant (default: %(default)s)")
-    parser.add_argument("--updates", type=int, nargs="+", default=FULL["updates"], help="of each part (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", default=PAGE, help="write the page there")
-    options = parser.parse_args(arguments)
-    return run(False, options.json, options.docs, episodes=options.episodes, rounds=options.rounds, updates=options.updates)
+    meanings = {"episodes": "of which success is counted", "rounds": "timings of each variant", "updates": "of each part"}
+    settings = {name: (FULL[name], meaning) for name, meaning in meanings.items()}
+    return run_from_command_line(run, command_line("policy", __doc__), settings, arguments)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ read off its own front of measured time and error, between settings and never be
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,16 +29,18 @@ from hasten.benchmarks import peers
 from hasten.benchmarks.harness import (
     Bar,
     BenchError,
+    Note,
     Results,
-    bars_table,
-    check_target,
+    bars_last,
+    command_line,
+    conduct,
     paired_difference,
-    progress_bar,
+    publish,
+    read_results,
+    refused,
     results_page,
     steady_memory,
-    surroundings,
     table,
-    write_text,
 )
 from hasten.benchmarks.subjects import NOISE_SEED, LoopClock
 from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, trace
@@ -50,7 +49,7 @@ from hasten.pipelines.planning import front
 from hasten.pipelines.zoo.loading import call_defaults, load, path_of
 from hasten.pipelines.zoo.shapes import sample_scenes, verify
 
-PAGE = results_page("caching-rivals")
+NAME, PICTURE = "caching-rivals", "caching-rivals.png"
 STEPS = 50
 CONVERGED_STEPS = 500
 """Of the second reference: what the same solver ends in when its steps are no limit."""
@@ -489,21 +488,17 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def page(results: Results, picture: str | None) -> str:
+def page(results: Results) -> str:
     """The results as a Markdown page."""
     s = results.settings
     lines = [
-        "# The planner against its rivals, measured",
-        "Written by `hasten bench caching-rivals`, never by hand.",
-        surroundings(results),
         f"{STEPS} steps, the same noise for all. Times: {s['captions']} held-out captions in one call; variants take turns, with a plain "
         f"run after every {s['between']} of them ({s['rounds']} rounds). Errors: {s['captions'] * (s['more'] + 1)} captions for the "
         f"settings that speed-ups are read from, {s['captions']} for the others. Calibrated methods saw {s['calibration']} other captions.",
         "Error: mean over captions of |latents - plain| / |plain| with the same solver. A caption that ends in another picture altogether "
         "has an error near 1 and decides a mean; the typical error is the geometric mean.",
+        f"![Error against measured speed-up](../pictures/{PICTURE})",
     ]  # fmt: skip
-    if picture is not None:
-        lines.append(f"![Error against measured speed-up]({picture})")
     for case in dict.fromkeys(row["case"] for row in results.rows):
         mine = [row for row in results.rows if row["case"] == case]
         head = ["method", *(f"error at {speedup:g}x" for speedup in SPEEDUPS), *(f"typical at {speedup:g}x" for speedup in SPEEDUPS)]
@@ -521,7 +516,7 @@ def page(results: Results, picture: str | None) -> str:
             for row in sorted(mine, key=lambda row: (row["family"], row.get("speedup", 0)))
         ]
         lines += [table(["method", "setting", "speed-up", "error", "typical", "converged"], every), "</details>"]
-    return "\n\n".join([*lines, "## Bars", bars_table(results.bars)]) + "\n"
+    return bars_last(results, "The planner against its rivals, measured", *lines)
 
 
 def _figures(row: Mapping[str, Any]) -> list[str]:
@@ -548,7 +543,30 @@ def _against_converged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [text, table(["", *(f"{at:g}x" for at in SPEEDUPS)], cells)]
 
 
+def draw(results: Results, folder: Path) -> None:
+    """The page's picture."""
+    plot(results.rows, folder / PICTURE)
+
+
 QUICK = Settings(("shapes-flow, DPM++ 2M",), captions=4, more=1, calibration=4, accuracy=64)
+
+
+def execute(settings: Settings, note: Note, *, quick: bool = False, json_path: Path | None = None) -> Results:
+    """Measures case by case.
+
+    Args:
+        quick: Only for what the results say of themselves.
+        json_path: Written after every case: what is done stays, whatever comes.
+    """
+    steady_memory()
+    results = Results(NAME, quick, settings={**vars(settings), "cases": list(settings.cases)})
+    for case in settings.cases:
+        rows, bars = measure(case, settings, note(case, None))
+        results.rows += rows
+        results.bars += bars
+        if json_path is not None:
+            results.write_json(json_path)
+    return results
 
 
 def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, *, settings: Settings | None = None) -> int:
@@ -563,28 +581,9 @@ def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = 
     Returns:
         Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
     """
-    docs = docs if docs is not None or quick or settings is not None else PAGE
-    settings = settings or (QUICK if quick else Settings())
-    try:
-        check_target(json_path, "--json")
-        check_target(docs, "--docs")
-    except BenchError as error:
-        print(f"hasten bench rivals: {error}", file=sys.stderr)
-        return 2
-    steady_memory()
-    results = Results("caching-rivals", quick, settings={**vars(settings), "cases": list(settings.cases)})
-    with progress_bar() as bar:
-        for case in settings.cases:
-            task = bar.add_task(case, total=None)
-            rows, bars = measure(case, settings, lambda task=task: bar.advance(task))  # type: ignore[misc]
-            results.rows += rows
-            results.bars += bars
-            if json_path is not None:
-                results.write_json(json_path)  # what is done stays, whatever comes
-    if docs is not None:
-        write_page(results, docs)
-    print(bars_table(results.bars))
-    return 0 if results.all_hold else 1
+    docs = docs if docs is not None or quick or settings is not None else results_page(NAME)
+    chosen = {"settings": settings or (QUICK if quick else Settings()), "quick": quick, "json_path": json_path}
+    return conduct(NAME, execute, page, chosen, json_path=json_path, docs=docs, pictures=draw)
 
 
 def assemble(files: Sequence[Path], docs: Path) -> None:
@@ -596,15 +595,8 @@ def assemble(files: Sequence[Path], docs: Path) -> None:
     Raises:
         BenchError: A file is no result of this benchmark.
     """
-    parts = []
-    for file in files:
-        try:
-            parts.append(json.loads(file.read_text()))
-        except (OSError, ValueError) as error:
-            raise BenchError(f"{file} cannot be read as results: {error}") from None
-        if parts[-1].get("name") != "caching-rivals":
-            raise BenchError(f"{file} holds no results of this benchmark")
-    results = Results("caching-rivals", False, settings=parts[0]["settings"])
+    parts = [read_results(file, NAME) for file in files]
+    results = Results(NAME, False, settings=parts[0]["settings"])
     results.machine, results.versions = parts[0]["machine"], parts[0]["versions"]
     rows: dict[str, list[dict[str, Any]]] = {}
     verdicts: dict[str, dict[str, Any]] = {}
@@ -621,7 +613,7 @@ def assemble(files: Sequence[Path], docs: Path) -> None:
     for case, of in rows.items():
         results.rows += of
         results.bars += [*bars_of(case, of), *([Bar(**verdicts[case])] if case in verdicts else [])]
-    write_page(results, docs)
+    publish(results, docs, page, draw)
 
 
 def _where(docs: Path | None) -> Path:
@@ -630,21 +622,15 @@ def _where(docs: Path | None) -> Path:
     Raises:
         BenchError: This is no source checkout, so there is none unless it is named.
     """
-    if docs is None and PAGE is None:
+    found = docs if docs is not None else results_page(NAME)
+    if found is None:
         raise BenchError("--docs must name a file: there is no docs folder beside an installed package")
-    return docs if docs is not None else PAGE  # type: ignore[return-value]
-
-
-def write_page(results: Results, docs: Path) -> None:
-    """The page, and the picture beside it."""
-    picture = docs.parent.parent / "pictures" / "caching-rivals.png"
-    plot(results.rows, picture)
-    write_text(docs, page(results, f"../pictures/{picture.name}"))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of `python -m hasten.benchmarks.rivals`."""
-    parser = argparse.ArgumentParser(prog="python -m hasten.benchmarks.rivals", description=(__doc__ or "").partition("\n")[0])
+    parser = command_line("rivals", __doc__)
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="only this one (may be repeated); writes no page by itself")
     parser.add_argument("--family", action="append", default=[], help="only this way to save time (may be repeated), such as planner")
     parser.add_argument("--captions", type=int, default=Settings.captions, help="held-out captions (default: %(default)s)")
@@ -654,8 +640,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--calibration", type=int, default=Settings.calibration, help="captions that methods are calibrated on (default: %(default)s)"
     )
     parser.add_argument("--accuracy", type=int, default=Settings.accuracy, help="captions for the verifier, 0: none (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there")
     parser.add_argument(
         "--assemble",
         type=Path,
@@ -673,9 +657,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             accuracy=options.accuracy, families=tuple(options.family),
         )  # fmt: skip
     except BenchError as error:
-        print(f"hasten bench rivals: {error}", file=sys.stderr)
-        return 2
-    return run(False, options.json, options.docs or (PAGE if options.case is None else None), settings=settings)
+        return refused(NAME, error)
+    return run(False, options.json, options.docs or (results_page(NAME) if options.case is None else None), settings=settings)
 
 
 if __name__ == "__main__":

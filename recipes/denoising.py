@@ -11,11 +11,9 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +28,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from hasten.pipelines.zoo.shapes import verify, world
 
-EMA, DROP_CAPTION = 0.999, 0.1
+DROP_CAPTION = 0.1
 POOL, REUSE, REFILL = 65_536, 5, 256
 """Latents are kept in a ring and each is seen about REUSE times before it is overwritten: the encoder costs less."""
 
@@ -189,28 +187,15 @@ def worker(rank: int, workers: int, recipe: Denoising) -> None:
         dist.init_process_group("gloo", rank=rank, world_size=workers)
     torch.manual_seed(3)
     work = Path("runs") / recipe.name
-    path, start = work / "denoiser.pt", 0
     model = recipe.network()
     head = torch.nn.Linear(recipe.align_width, sum(MAP_CLASSES) + 3)
     hidden = [p for name, p in model.named_parameters() if recipe.by_muon(name, p)]
-    ids = {id(p) for p in hidden}
-    rest = [p for p in [*model.parameters(), *head.parameters()] if id(p) not in ids]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=recipe.rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=recipe.rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    parameters = hidden + rest
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    scale = None
-    if path.exists():
-        state = torch.load(path)
-        if "optimizers" not in state:
-            return
-        model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average, start, scale = state["average"], state["step"], state["scale"]
+    training = shared.Training(
+        work / "denoiser.pt", {"model": model, "head": head}, hidden, steps=recipe.steps, rate=recipe.rate, falling=0.3, warmup=200
+    )
+    if training.finished:
+        return
+    parameters, start, scale = training.hidden + training.rest, training.start, training.state.get("scale")
     noise = torch.Generator().manual_seed(4_000_000 + 10 * start + rank)
     pool = Pool(3_000_000 + 10 * start + rank)
     size = recipe.batch // workers
@@ -257,28 +242,14 @@ def worker(rank: int, workers: int, recipe: Denoising) -> None:
                     if p.grad is not None:
                         p.grad.copy_(flat[at : at + p.numel()].view_as(p) / workers)
                         at += p.numel()
-            decay = min(1.0, (recipe.steps - step) / (0.3 * recipe.steps))  # constant, then linear to zero over the last 30%
-            for optimizer, rate in zip(optimizers, (recipe.rate, recipe.rate / 2), strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1.0, (step + 1) / 200) * decay
-            torch.nn.utils.clip_grad_norm_(rest, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            with torch.no_grad():
-                keep = min(EMA, (step + 1) / (step + 10))
-                for name, value in model.state_dict().items():
-                    average[name].lerp_(value, 1 - keep)
+            training.step(step)
             if rank == 0:
                 bar.update(task, advance=1, note=f"denoising {denoising.item():.4f} align {align.item():.4f}")
                 if (step + 1) % 50 == 0:
                     per_step = (time.time() - began) / (step + 1 - start)
                     shared.log(work, stage="denoiser", step=step + 1, denoising=denoising.item(), align=align.item(), seconds=per_step)
                 if (step + 1) % 250 == 0 or step + 1 == recipe.steps:
-                    done = {} if step + 1 == recipe.steps else {
-                        "model": model.state_dict(), "head": head.state_dict(), "optimizers": [o.state_dict() for o in optimizers]
-                    }  # fmt: skip
-                    shared.save(path, average=average, step=step + 1, scale=scale, **done)
+                    training.save(step + 1, scale=scale)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -313,39 +284,34 @@ def score(recipe: Denoising, pipe: DiffusionPipeline, captions: list[world.Capti
 
 def export(recipe: Denoising, samples: int) -> None:
     """Saves the pipeline in bf16, scores what was saved, and writes its card."""
-    work, weights = Path("runs") / recipe.name, ZOO / recipe.name
+    work = Path("runs") / recipe.name
     state = torch.load(work / "denoiser.pt")
     pipe = assemble(recipe)
-    scratch = weights.with_name(f".{recipe.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    pipe.to(torch.bfloat16).save_pretrained(scratch)
-    # transformers loads in the dtype that the config names, diffusers in fp32: they must agree when neither is told.
-    config = json.loads((scratch / "text_encoder" / "config.json").read_text())
-    (scratch / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-    known = ("guidance_scale", "max_sequence_length", "height", "width")
-    recommended = {"steps": recipe.sampling["num_inference_steps"], **{k: recipe.sampling[k] for k in known if k in recipe.sampling}}
-    (scratch / "hasten.json").write_text(json.dumps(recommended, indent=2) + "\n")
-    pipe = DiffusionPipeline.from_pretrained(scratch)
-    pipe.set_progress_bar_config(disable=True)
-    results: dict[str, Any] = {"step": state["step"], "samples": state["step"] * recipe.batch, "git": git_hash()}
-    for name, held_out in (("unseen", False), ("held_out", True)):
-        generator = torch.Generator().manual_seed(6_000_000 + held_out)
-        captions = world.sample_scenes(samples, generator, held_out=held_out, placed=False).captions()
-        verdict = verify(score(recipe, pipe, captions), captions)
-        counts = torch.tensor([len(caption.things) for caption in captions])
-        results[name] = {
-            "captions": samples,
-            "correct": verdict.correct.float().mean().item(),
-            "by_count": {str(n): verdict.correct[counts == n].float().mean().item() for n in (1, 2, 3)},
-            "by_attribute": verdict.rates(),
-        }
-        shared.log(work, stage="export", set=name, **results[name])
-        print(name, json.dumps(results[name]))
-    (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    shutil.copy(work / "log.jsonl", scratch / "training_log.jsonl")
-    (scratch / "README.md").write_text(card(recipe, results))
-    shutil.rmtree(weights, ignore_errors=True)
-    scratch.rename(weights)
+    with shared.replacing(ZOO / recipe.name) as scratch:
+        pipe.to(torch.bfloat16).save_pretrained(scratch)
+        # transformers loads in the dtype that the config names, diffusers in fp32: they must agree when neither is told.
+        config = json.loads((scratch / "text_encoder" / "config.json").read_text())
+        (scratch / "text_encoder" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        known = ("guidance_scale", "max_sequence_length", "height", "width")
+        recommended = {"steps": recipe.sampling["num_inference_steps"], **{k: recipe.sampling[k] for k in known if k in recipe.sampling}}
+        (scratch / "hasten.json").write_text(json.dumps(recommended, indent=2) + "\n")
+        pipe = DiffusionPipeline.from_pretrained(scratch)
+        pipe.set_progress_bar_config(disable=True)
+        results: dict[str, Any] = {"step": state["step"], "samples": state["step"] * recipe.batch, "git": git_hash()}
+        for name, held_out in (("unseen", False), ("held_out", True)):
+            generator = torch.Generator().manual_seed(6_000_000 + held_out)
+            captions = world.sample_scenes(samples, generator, held_out=held_out, placed=False).captions()
+            verdict = verify(score(recipe, pipe, captions), captions)
+            counts = torch.tensor([len(caption.things) for caption in captions])
+            results[name] = {
+                "captions": samples,
+                "correct": verdict.correct.float().mean().item(),
+                "by_count": {str(n): verdict.correct[counts == n].float().mean().item() for n in (1, 2, 3)},
+                "by_attribute": verdict.rates(),
+            }
+            shared.log(work, stage="export", set=name, **results[name])
+            print(name, json.dumps(results[name]))
+        shared.describe(scratch, work, results, card(recipe, results))
 
 
 def git_hash() -> str:
@@ -405,17 +371,12 @@ def card(recipe: Denoising, results: dict[str, Any]) -> str:
 def main(recipe: Denoising, description: str) -> None:
     """The command line of a recipe."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("vae", "text", "decoder", "denoiser", "export"), help="only this stage")
     parser.add_argument("--samples", type=int, default=2048, help="captions that the export is scored on (default: %(default)s)")
-    args = parser.parse_args()
-    for folder in (shared.SHARED, Path("runs") / recipe.name):
-        folder.mkdir(parents=True, exist_ok=True)
-    stages: dict[str, Callable[[], None]] = {
-        "vae": lambda: shared.train_vae(shared.SHARED),
-        "text": lambda: shared.train_text(shared.SHARED),
-        "decoder": lambda: shared.train_decoder(shared.SHARED),
-        "denoiser": lambda: train(recipe),
-        "export": lambda: export(recipe, args.samples),
+    stages = {
+        "vae": lambda args: shared.train_vae(shared.SHARED),
+        "text": lambda args: shared.train_text(shared.SHARED),
+        "decoder": lambda args: shared.train_decoder(shared.SHARED),
+        "denoiser": lambda args: train(recipe),
+        "export": lambda args: export(recipe, args.samples),
     }
-    for name in [args.stage] if args.stage else stages:
-        stages[name]()
+    shared.run_stages(parser, stages, [shared.SHARED, Path("runs") / recipe.name])

@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from hasten.pipelines.zoo.puzzles.modeling_puzzles import PuzzlesConfig, Puzzles
 from hasten.pipelines.zoo.puzzles.world import bare
 
 WORK = Path("runs/puzzles")
-STEPS, BATCH, PARTS, RATE, EMA = 8_000, 128, 4, 2e-3, 0.999
+STEPS, BATCH, PARTS, RATE = 8_000, 128, 4, 2e-3
 """A batch is sorted by length and done in parts, so that short rows are not padded to the longest."""
 
 MIX = {"addends": 0.35, "sudoku": 0.15, "brackets": 0.4, "addition": 0.1}
@@ -139,25 +138,13 @@ def loss_of(model: PuzzlesForMaskedLM, rows: Rows) -> Tensor:
 
 def train(steps: int) -> None:
     torch.manual_seed(6)
-    path, start = WORK / "model.pt", 0
     tokenizer = new_tokenizer()
     model = PuzzlesForMaskedLM(new_config(tokenizer))
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    ids = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=RATE / 2, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    if path.exists():
-        state = torch.load(path)
-        if "optimizers" not in state:
-            return
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average, start = state["average"], state["step"]
+    training = shared.Training(WORK / "model.pt", {"model": model}, hidden, steps=steps, rate=RATE, falling=0.5)
+    if training.finished:
+        return
+    start = training.start
     samples = Samples(tokenizer, 7_000_000 + start)
     for layer in model.model.layers:  # all of them share one graph for each width
         layer.compile(fullgraph=True, dynamic=False)
@@ -170,29 +157,16 @@ def train(steps: int) -> None:
                 part = loss_of(model, rows) / PARTS
                 part.backward()
                 loss += part.item()
-            decay = min(1.0, (steps - step) / (0.5 * steps))  # constant, then linear to zero over the last half
-            for optimizer, rate in zip(optimizers, (RATE, RATE / 2), strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1.0, (step + 1) / 100) * decay
-            torch.nn.utils.clip_grad_norm_(rest, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            with torch.no_grad():
-                keep = min(EMA, (step + 1) / (step + 10))
-                for name, value in model.state_dict().items():
-                    average[name].lerp_(value, 1 - keep)
+            training.step(step)
             if (step + 1) % 10 == 0:
                 bar.update(task, completed=step + 1, note=f"loss {loss:.4f}")
             if (step + 1) % 100 == 0:
                 per_step = (time.time() - began) / (step + 1 - start)
                 shared.log(WORK, stage="train", step=step + 1, loss=round(loss, 5), seconds=round(per_step, 4))
             if (step + 1) % 500 == 0 or step + 1 == steps:
-                done = {} if step + 1 == steps else {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                shared.save(path, average=average, step=step + 1, **done)
-            if (step + 1) % 500 == 0 or step + 1 == steps:
+                training.save(step + 1)
                 watched = PuzzlesForMaskedLM(new_config(tokenizer))
-                watched.load_state_dict(average)
+                watched.load_state_dict(training.average)
                 shared.log(WORK, stage="validate", step=step + 1, **measure(watched.eval(), tokenizer, WATCHED, WATCH_SEED))
 
 
@@ -265,37 +239,32 @@ def measure(model: PuzzlesForMaskedLM, tokenizer: PreTrainedTokenizerFast, promp
 
 def export(prompts: int) -> None:
     """Saves the averaged weights in bf16, decodes validation prompts with what was saved, and writes the card."""
-    weights = ZOO / "puzzles"
     state = torch.load(WORK / "model.pt")
     tokenizer = new_tokenizer()
     model = PuzzlesForMaskedLM(new_config(tokenizer))
     model.load_state_dict(state["average"])
-    scratch = weights.with_name(".puzzles.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    # The code goes with the weights, and config.json says where it is.
-    PuzzlesConfig.register_for_auto_class()
-    PuzzlesForMaskedLM.register_for_auto_class("AutoModelForCausalLM")
-    model.to(torch.bfloat16).save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    BlockRefinementScheduler(block_length=BLOCK_LENGTH, num_inference_steps=BLOCK_LENGTH).save_pretrained(scratch / "scheduler")
-    (scratch / "hasten.json").write_text(json.dumps({"steps": BLOCK_LENGTH, "gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH}) + "\n")
-    loaded, tokenizer = load_puzzles(folder=scratch)
-    results: dict[str, Any] = {
-        "step": state["step"],
-        "samples": state["step"] * BATCH,
-        "git": git_hash(),
-        "prompts": prompts,
-        "block_length": BLOCK_LENGTH,
-        "gen_length": GEN_LENGTH,
-        **measure(loaded, tokenizer, prompts, seed=0),
-    }
-    shared.log(WORK, **{"stage": "export", **results})
-    print(json.dumps(results))
-    (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    shutil.copy(WORK / "log.jsonl", scratch / "training_log.jsonl")
-    (scratch / "README.md").write_text(card(results, sum(p.numel() for p in model.parameters())))
-    shutil.rmtree(weights, ignore_errors=True)
-    scratch.rename(weights)
+    with shared.replacing(ZOO / "puzzles") as scratch:
+        # The code goes with the weights, and config.json says where it is.
+        PuzzlesConfig.register_for_auto_class()
+        PuzzlesForMaskedLM.register_for_auto_class("AutoModelForCausalLM")
+        model.to(torch.bfloat16).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        BlockRefinementScheduler(block_length=BLOCK_LENGTH, num_inference_steps=BLOCK_LENGTH).save_pretrained(scratch / "scheduler")
+        recommended = {"steps": BLOCK_LENGTH, "gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH}
+        (scratch / "hasten.json").write_text(json.dumps(recommended) + "\n")
+        loaded, tokenizer = load_puzzles(folder=scratch)
+        results: dict[str, Any] = {
+            "step": state["step"],
+            "samples": state["step"] * BATCH,
+            "git": git_hash(),
+            "prompts": prompts,
+            "block_length": BLOCK_LENGTH,
+            "gen_length": GEN_LENGTH,
+            **measure(loaded, tokenizer, prompts, seed=0),
+        }
+        shared.log(WORK, **{"stage": "export", **results})
+        print(json.dumps(results))
+        shared.describe(scratch, WORK, results, card(results, sum(p.numel() for p in model.parameters())))
 
 
 CARD = """# puzzles
@@ -347,14 +316,9 @@ def card(results: dict[str, Any], parameters: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("train", "export", "all"), default="all", help="what to do (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=2_000, help="prompts per task that the export is judged by (default: %(default)s)")
-    args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    stages: dict[str, Callable[[], None]] = {"train": lambda: train(args.steps), "export": lambda: export(args.prompts)}
-    for name in stages if args.stage == "all" else [args.stage]:
-        stages[name]()
+    shared.run_stages(parser, {"train": lambda args: train(args.steps), "export": lambda args: export(args.prompts)}, [WORK])
 
 
 if __name__ == "__main__":

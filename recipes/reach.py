@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ from hasten.pipelines.zoo.reach.policy import SCALE
 
 WORK = Path("runs/reach")
 TRAIN_SEEDS, VALIDATION_SEEDS = range(1_000_000, 1_040_000), range(900_000, 900_064)
-STEPS, BATCH, RATE, EMA = 1_500, 256, 2e-3, 0.999
+STEPS, BATCH, RATE = 1_500, 256, 2e-3
 PUSH, RETURN = 0.025, 0.6
 """Standard deviation of the push off the expert's way, in workspace units, and what is left of it after each step."""
 
@@ -104,24 +102,12 @@ class Demonstrations:
 
 def train() -> None:
     torch.manual_seed(3)
-    path, start = WORK / "policy.pt", 0
     policy, scheduler = ReachPolicy(), new_scheduler()
     hidden = [p for name, p in policy.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    ids = {id(p) for p in hidden}
-    rest = [p for p in policy.parameters() if id(p) not in ids]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=RATE / 2, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    average = {name: value.detach().clone() for name, value in policy.state_dict().items()}
-    if path.exists():
-        state = torch.load(path)
-        if "optimizers" not in state:
-            return
-        policy.load_state_dict(state["policy"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average, start = state["average"], state["step"]
+    training = shared.Training(WORK / "policy.pt", {"policy": policy}, hidden, steps=STEPS, rate=RATE, falling=0.6)
+    if training.finished:
+        return
+    start = training.start
     demonstrations = Demonstrations()
     generator = torch.Generator().manual_seed(4_000_000 + start)
     policy.compile_repeated_blocks(fullgraph=True)  # all of them share one graph, which compiles in a fraction of the time
@@ -137,28 +123,16 @@ def train() -> None:
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 loss = F.mse_loss(policy(noisy, times, observations), noise)
             loss.backward()
-            decay = min(1.0, (STEPS - step) / (0.6 * STEPS))  # constant, then linear to zero over the last 60%
-            for optimizer, rate in zip(optimizers, (RATE, RATE / 2), strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * min(1.0, (step + 1) / 100) * decay
-            torch.nn.utils.clip_grad_norm_(rest, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            with torch.no_grad():
-                keep = min(EMA, (step + 1) / (step + 10))
-                for name, value in policy.state_dict().items():
-                    average[name].lerp_(value, 1 - keep)
+            training.step(step)
             if (step + 1) % 10 == 0:
                 bar.update(task, completed=step + 1, note=f"loss {loss.item():.4f}")
             if (step + 1) % 100 == 0:
                 per_step = (time.time() - began) / (step + 1 - start)
                 shared.log(WORK, stage="train", step=step + 1, loss=round(loss.item(), 5), seconds=round(per_step, 4))
             if (step + 1) % 250 == 0 or step + 1 == STEPS:
-                done = {} if step + 1 == STEPS else {"policy": policy.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-                shared.save(path, average=average, step=step + 1, **done)
+                training.save(step + 1)
             if (step + 1) % 500 == 0:
-                shared.log(WORK, stage="validate", step=step + 1, success=validate(average))
+                shared.log(WORK, stage="validate", step=step + 1, success=validate(training.average))
 
 
 def validate(average: dict[str, Tensor]) -> float:
@@ -182,44 +156,38 @@ def interval(successes: int, n: int) -> tuple[float, float]:
 
 def export(episodes: int) -> None:
     """Saves the averaged weights in bf16, runs episodes with what was saved, and writes the card."""
-    weights = ZOO / "reach"
     state = torch.load(WORK / "policy.pt")
     policy = ReachPolicy()
     policy.load_state_dict(state["average"])
-    scratch = weights.with_name(".reach.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    policy.to(torch.bfloat16).save_pretrained(scratch)
-    new_scheduler().save_pretrained(scratch / "scheduler")
-    seeds = range(episodes)
-    policy, scheduler = load_policy(folder=scratch)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = run_episodes(Sampler(policy, scheduler, seeds), seeds)
-    scenes, ways = scenes_of(seeds)
-    mean = Expert(seeds)
-    mean.ways = ways.mean(1)
-    good = int(ours.success.sum())
-    results: dict[str, Any] = {
-        "step": state["step"],
-        "samples": state["step"] * BATCH,
-        "git": git_hash(),
-        "episodes": episodes,
-        "num_inference_steps": 100,
-        "success": good / episodes,
-        "success_interval": interval(good, episodes),
-        "collided": ours.collided.float().mean().item(),
-        "steps": ours.steps[ours.success].float().mean().item(),
-        "left": (passed_on(scenes, ours.path) == 0).float().mean().item(),
-        "expert_success": run_episodes(Expert(seeds), seeds).success.float().mean().item(),
-        "expert_left": (sides_of(seeds) == 0).float().mean().item(),
-        "mean_way_success": run_episodes(mean, seeds).success.float().mean().item(),
-    }
-    shared.log(WORK, **{"stage": "export", **results})
-    print(json.dumps(results))
-    (scratch / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    shutil.copy(WORK / "log.jsonl", scratch / "training_log.jsonl")
-    (scratch / "README.md").write_text(card(results))
-    shutil.rmtree(weights, ignore_errors=True)
-    scratch.rename(weights)
+    with shared.replacing(ZOO / "reach") as scratch:
+        policy.to(torch.bfloat16).save_pretrained(scratch)
+        new_scheduler().save_pretrained(scratch / "scheduler")
+        seeds = range(episodes)
+        policy, scheduler = load_policy(folder=scratch)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = run_episodes(Sampler(policy, scheduler, seeds), seeds)
+        scenes, ways = scenes_of(seeds)
+        mean = Expert(seeds)
+        mean.ways = ways.mean(1)
+        good = int(ours.success.sum())
+        results: dict[str, Any] = {
+            "step": state["step"],
+            "samples": state["step"] * BATCH,
+            "git": git_hash(),
+            "episodes": episodes,
+            "num_inference_steps": 100,
+            "success": good / episodes,
+            "success_interval": interval(good, episodes),
+            "collided": ours.collided.float().mean().item(),
+            "steps": ours.steps[ours.success].float().mean().item(),
+            "left": (passed_on(scenes, ours.path) == 0).float().mean().item(),
+            "expert_success": run_episodes(Expert(seeds), seeds).success.float().mean().item(),
+            "expert_left": (sides_of(seeds) == 0).float().mean().item(),
+            "mean_way_success": run_episodes(mean, seeds).success.float().mean().item(),
+        }
+        shared.log(WORK, **{"stage": "export", **results})
+        print(json.dumps(results))
+        shared.describe(scratch, WORK, results, card(results))
 
 
 CARD = """# reach
@@ -268,17 +236,13 @@ def card(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("demonstrations", "train", "export"), help="only this stage")
     parser.add_argument("--episodes", type=int, default=1_000, help="episodes that the export is judged by (default: %(default)s)")
-    args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    stages: dict[str, Callable[[], None]] = {
-        "demonstrations": make_demonstrations,
-        "train": train,
-        "export": lambda: export(args.episodes),
+    stages = {
+        "demonstrations": lambda args: make_demonstrations(),
+        "train": lambda args: train(),
+        "export": lambda args: export(args.episodes),
     }
-    for name in [args.stage] if args.stage else stages:
-        stages[name]()
+    shared.run_stages(parser, stages, [WORK])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the three `shapes` models share: the VAE, the text encoder with its tokenizer, and how checkpoints and logs are written.
+"""What the recipes share: how checkpoints, logs and exports are written, and Muon with averaged weights; and of the three `shapes` models
+the VAE and the text encoder with its tokenizer.
 
     vae       an AutoencoderKL that draws 64x64 pictures from 8x8x4 latents
     text      a T5 encoder with its own word tokenizer, taught to parse captions
@@ -9,17 +10,22 @@ Held-out combinations (`world.HELD_OUT_PAIRS`, `world.HELD_OUT_TRIPLES`) never o
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from hasten.pipelines.zoo.shapes import world
@@ -47,6 +53,115 @@ def save(path: Path, **state: object) -> None:
 def log(work: Path, **row: object) -> None:
     with (work / "log.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.strftime("%Y-%m-%d %H:%M:%S"), **row}) + "\n")
+
+
+def run_stages(
+    parser: argparse.ArgumentParser, stages: Mapping[str, Callable[[argparse.Namespace], None]], folders: Iterable[Path]
+) -> None:
+    """The end of a recipe's command line: adds `--stage`, makes the folders that checkpoints go into, and runs what was asked for."""
+    parser.add_argument("--stage", choices=(*stages, "all"), default="all", help="only this stage (default: %(default)s)")
+    args = parser.parse_args()
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in stages if args.stage == "all" else [args.stage]:
+        stages[name](args)
+
+
+@contextmanager
+def replacing(weights: Path) -> Iterator[Path]:
+    """A folder to be filled. It takes the place of `weights` at the end; an export that fails leaves the old one."""
+    scratch = weights.with_name(f".{weights.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    yield scratch
+    shutil.rmtree(weights, ignore_errors=True)
+    scratch.rename(weights)
+
+
+def describe(folder: Path, work: Path, results: Mapping[str, Any], card: str) -> None:
+    """Writes what stands beside exported weights: the figures, the training log of `work`, the card."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    shutil.copy(work / "log.jsonl", folder / "training_log.jsonl")
+    (folder / "README.md").write_text(card)
+
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+
+EMA = 0.999
+
+
+class Training:
+    """Muon for the matrices of the blocks and AdamW for the rest, and the average of the weights over time, which is what ships.
+
+    The rate rises over the first steps, stays, and falls linearly to zero at the end.
+
+    Args:
+        path: Of the checkpoint; what it holds is taken up.
+        parts: What is trained, by its name in the checkpoint. The first one's weights are averaged.
+        hidden: The parameters of `parts` that Muon trains.
+        steps: Of the whole training.
+        rate: Of Muon; AdamW's is half of it.
+        falling: Share of the steps over which the rate falls.
+        warmup: Steps over which it rises.
+
+    Attributes:
+        start: The first step that is left.
+        finished: Whether the checkpoint is that of a training that came to its end.
+        state: The checkpoint, {} before the first.
+        average: The averaged weights.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Mapping[str, nn.Module],
+        hidden: Iterable[nn.Parameter],
+        *,
+        steps: int,
+        rate: float,
+        falling: float,
+        warmup: int = 100,
+    ) -> None:
+        self.path, self.parts, self.hidden = path, dict(parts), list(hidden)
+        self.steps, self.falling, self.warmup = steps, falling, warmup
+        self.model = next(iter(self.parts.values()))
+        ids = {id(p) for p in self.hidden}
+        self.rest = [p for part in self.parts.values() for p in part.parameters() if id(p) not in ids]
+        self.rates = (rate, rate / 2)
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(self.hidden, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(self.rest, lr=rate / 2, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.start = 0
+        self.state: dict[str, Any] = torch.load(path) if path.exists() else {}
+        self.finished = bool(self.state) and "optimizers" not in self.state
+        if self.state and not self.finished:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.state[name])
+            for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.average, self.start = self.state["average"], self.state["step"]
+
+    def step(self, step: int) -> None:
+        """Takes a step along the gradients that are there, and clears them."""
+        decay = min(1.0, (self.steps - step) / (self.falling * self.steps))
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / self.warmup) * decay
+        torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            keep = min(EMA, (step + 1) / (step + 10))
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1 - keep)
+
+    def save(self, done: int, **more: object) -> None:
+        """Writes the checkpoint after `done` steps; after the last one nothing that only going on would need."""
+        going_on = {name: part.state_dict() for name, part in self.parts.items()}
+        left = {} if done == self.steps else {**going_on, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        save(self.path, average=self.average, step=done, **left, **more)
 
 
 # --------------------------------------------------------------------------------------------------------------- vae

@@ -60,3 +60,13 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_puzzles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `puzzles` model of two layers of width 32 with random weights, saved with its code and tokenizer."""
+    from tests.pipelines.tiny_puzzles import save
+
+    folder = tmp_path_factory.mktemp("models") / "puzzles"
+    save(folder)
+    return folder

@@ -1,4 +1,7 @@
-"""A scale and a shift for each channel, applied to what is reused; under batched guidance, those of each half of the batch."""
+"""A scale and a shift for each channel, applied to what is reused; under batched guidance, those of each half of the batch.
+
+The tables come from a plan, which keeps what `AffineStatistics` fitted.
+"""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ class _Errors:
             fits = []
             for group in range(self.groups):
                 name = f"{branch}/{group}"
-                size = float(self.statistics._of(name)[1][3].mean())  # of the channels' variance
+                size = float(self.statistics.moments(name).variance_approx.mean())
                 fits.append(self.statistics.fit(ridge * size, branch=name))
             scale, shift = (np.concatenate([np.asarray(getattr(fit, part)) for fit in fits], 1) for part in ("scale", "shift"))
             columns.append(np.stack([scale, shift]))

@@ -6,8 +6,8 @@ squares for what quantisation does to a layer's output. Nothing is trained: mean
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ VARIANCE_FLOOR = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class AffineCorrection:
-    """`true ≈ scale[step] * approximate + shift[step]`, channel by channel.
+    """`true ≈ scale[step] * approximate + shift[step]`, channel by channel, as it was fitted; `Affine` carries a step of it out.
 
     Attributes:
-        scale: float32 [steps, channels]; 1 where nothing was measured. A negative entry is kept as the fit found it: see `refused`.
+        scale: float32 [steps, channels]; 1 where nothing was measured. A negative entry is kept as the fit found it: the reused value
+            moves against the true one there.
         shift: float32 [steps, channels]; 0 where nothing was measured.
 
     Raises:
@@ -58,39 +59,6 @@ class AffineCorrection:
     def channels(self) -> int:
         return int(self.scale.shape[1])
 
-    @property
-    def decorrelated(self) -> Tensor:
-        """bool [steps, channels]: where the reused value moves against the true one."""
-        return self.scale < 0
-
-    def refused(self, share: float = 0.0) -> tuple[int, ...]:
-        """Steps at which the value should not be reused: more than `share` of the channels are decorrelated (by default, any).
-
-        Raises:
-            ValueError: `share` is not from 0 to 1.
-        """
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must be from 0 to 1, not {share!r}")
-        return tuple(int(k) for k in torch.nonzero(self.decorrelated.float().mean(1) > share).flatten())
-
-    def apply(self, step: int, value: Tensor, dim: int = -1) -> Tensor:
-        """The corrected value, a new tensor of the same shape and dtype.
-
-        Args:
-            step: Row of the tables.
-            value: [..., channels, ...] with the channels along `dim`.
-            dim: 1 for pictures [batch, channels, height, width], -1 for tokens [batch, tokens, channels].
-
-        Raises:
-            ValueError: `value` has another number of channels along `dim`.
-        """
-        if value.shape[dim] != self.channels:
-            raise ValueError(f"value must have {self.channels} channels along dim {dim}, not the shape {list(value.shape)}")
-        shape = [1] * value.ndim
-        shape[dim] = -1
-        scale, shift = (table[step].to(value.device).view(shape) for table in (self.scale, self.shift))
-        return torch.addcmul(shift, value.float(), scale).to(value.dtype)
-
 
 def solve(
     variance: Tensor, covariance: Tensor, mean_true: Tensor, mean_approx: Tensor, ridge: float, eps: float = VARIANCE_FLOOR
@@ -111,35 +79,15 @@ def solve(
     return scale, mean_true - scale * mean_approx
 
 
-def affine_fit(
-    x_true: Tensor, x_approx: Tensor, dims: int | Sequence[int], ridge: float = 0.0, eps: float = VARIANCE_FLOOR
-) -> tuple[Tensor, Tensor]:
-    """The least-squares scale and shift that map `x_approx` onto `x_true`.
+class Moments(NamedTuple):
+    """What was measured of one branch, [steps, channels] each; sums are divided by the count, not by one less."""
 
-    Args:
-        x_true, x_approx: Two tensors of one shape.
-        dims: What the statistics run over, for instance (0, 2, 3) for [batch, channels, height, width].
-        ridge: Added to covariance and variance, in units of the value squared; shrinks the scale towards 1.
-        eps: A smaller variance means a scale of 1.
-
-    Returns:
-        (scale, shift), float32, with the shape that is left when `dims` are gone.
-
-    Raises:
-        ValueError: The shapes differ, there is nothing to average over, or `ridge` is negative.
-    """
-    if x_true.shape != x_approx.shape or x_true.numel() == 0:
-        raise ValueError(f"x_true and x_approx must have one shape and entries, not {list(x_true.shape)} and {list(x_approx.shape)}")
-    over = (dims,) if isinstance(dims, int) else tuple(dims)
-    if not over:
-        raise ValueError("dims must name at least one dimension to average over, not none")
-    true, approx = x_true.double(), x_approx.double()
-    mean_true, mean_approx = true.mean(over, keepdim=True), approx.mean(over, keepdim=True)
-    variance = (approx - mean_approx).square().mean(over)
-    covariance = ((true - mean_true) * (approx - mean_approx)).mean(over)
-    shape = variance.shape
-    scale, shift = solve(variance, covariance, mean_true.reshape(shape), mean_approx.reshape(shape), ridge, eps)
-    return scale.float(), shift.float()
+    seen: Tensor  # bool: whether anything was
+    mean_true: Tensor
+    mean_approx: Tensor
+    variance_true: Tensor
+    variance_approx: Tensor
+    covariance: Tensor
 
 
 class AffineStatistics:
@@ -207,13 +155,16 @@ class AffineStatistics:
         old[1:3] += torch.stack([gap_true, gap_approx]) * (new[0] / count)
         old[0] = count
 
-    def _of(self, branch: str) -> tuple[Tensor, Tensor]:
-        """bool [steps, channels] of what was measured, and [5, steps, channels]: both means, variances and the covariance, biased."""
+    def moments(self, branch: str = ALL_BRANCHES) -> Moments:
+        """Means, variances and covariances of one branch; 0 at steps that were never seen.
+
+        Raises:
+            ValueError: Nothing was measured of this branch.
+        """
         if branch not in self._moments:
             raise ValueError(f"branch must be one that was measured, {list(self._moments)}, not {branch!r}")
-        moments = self._moments[branch]
-        count = moments[0].clamp_min(1)
-        return moments[0] > 0, torch.cat([moments[1:3], moments[3:] / count])
+        count, mean_true, mean_approx, *sums = self._moments[branch]
+        return Moments(count > 0, mean_true, mean_approx, *(total / count.clamp_min(1) for total in sums))
 
     def fit(self, ridge: float = 0.0, *, branch: str = ALL_BRANCHES, eps: float = VARIANCE_FLOOR) -> AffineCorrection:
         """The correction of one branch; steps that were never seen change nothing.
@@ -226,9 +177,9 @@ class AffineStatistics:
         Raises:
             ValueError: Nothing was measured of this branch, or `ridge` is negative.
         """
-        seen, (mean_true, mean_approx, _, variance, covariance) = self._of(branch)
-        scale, shift = solve(variance, covariance, mean_true, mean_approx, ridge, eps)
-        return AffineCorrection(torch.where(seen, scale, 1.0), torch.where(seen, shift, 0.0))
+        found = self.moments(branch)
+        scale, shift = solve(found.variance_approx, found.covariance, found.mean_true, found.mean_approx, ridge, eps)
+        return AffineCorrection(torch.where(found.seen, scale, 1.0), torch.where(found.seen, shift, 0.0))
 
     def errors(self, correction: AffineCorrection | None = None, *, branch: str = ALL_BRANCHES) -> Tensor:
         """float64 [steps, channels]: mean squared error over what was taken in, under a correction or, without one, of plain reuse.
@@ -236,10 +187,10 @@ class AffineStatistics:
         Raises:
             ValueError: Nothing was measured of this branch, or the correction has another shape.
         """
-        _, (mean_true, mean_approx, variance_true, variance, covariance) = self._of(branch)
+        found = self.moments(branch)
         fit = correction or AffineCorrection.identity(self.steps, self.channels)
         if fit.scale.shape != (self.steps, self.channels):
             raise ValueError(f"correction must be of shape {[self.steps, self.channels]}, not {list(fit.scale.shape)}")
         scale, shift = fit.scale.double(), fit.shift.double()
-        offset = mean_true - scale * mean_approx - shift
-        return variance_true - 2 * scale * covariance + scale.square() * variance + offset.square()
+        offset = found.mean_true - scale * found.mean_approx - shift
+        return found.variance_true - 2 * scale * found.covariance + scale.square() * found.variance_approx + offset.square()

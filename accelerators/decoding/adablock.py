@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative, check_whole
 from hasten.accelerators.decoding.geometry import Canvas, Geometry
 from hasten.accelerators.decoding.statistics import Statistics
 
@@ -40,10 +41,8 @@ class AdaBlock(Geometry):
     def __post_init__(self) -> None:
         if not self.delimiters or any(type(token) is not int or token < 0 for token in self.delimiters):
             raise ValueError(f"delimiters must be at least one token id of at least 0, not {self.delimiters!r}")
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold must be a number of at least 0, not {self.threshold!r}")
-        if type(self.block_length) is not int or self.block_length < 1:
-            raise ValueError(f"block_length must be a whole number of at least 1, not {self.block_length!r}")
+        check_not_negative(threshold=self.threshold)
+        check_whole(1, block_length=self.block_length)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, not {self.share!r}")
 

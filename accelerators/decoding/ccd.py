@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative, check_whole
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.schedule import Memory, Needs, Parts, Rule, Schedule, Transform, View, merged
 from hasten.accelerators.decoding.static import StaticDecoding
@@ -48,11 +49,9 @@ class CCD(Schedule):
     rule: Schedule | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("history", 1), ("tokens_per_step", 1), ("positions", 1), ("support", 2)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
-        if not self.bound >= 0:
-            raise ValueError(f"bound must be a number of at least 0, not {self.bound!r}")
+        check_whole(1, history=self.history, tokens_per_step=self.tokens_per_step, positions=self.positions)
+        check_whole(2, support=self.support)
+        check_not_negative(bound=self.bound)
         if self.dynamic and self.rule is not None:
             raise ValueError("dynamic=True is a rule of its own: leave it False, or rule at None")
         _ = self.parts

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.schedule import Memory, Needs, Parts, Schedule, Transform, View, merged
 from hasten.accelerators.decoding.statistics import Statistics
 from hasten.accelerators.decoding.threshold import ThresholdDecoding
@@ -53,8 +54,7 @@ class CreditDecoding(Schedule):
             value = getattr(self, name)
             if not 0 <= value <= most or value == float("inf"):
                 raise ValueError(f"{name} must be a number from 0{'' if most == float('inf') else f' to {most:g}'}, not {value!r}")
-        if type(self.slots) is not int or self.slots < 1:
-            raise ValueError(f"slots must be a whole number of at least 1, not {self.slots!r}")
+        check_whole(1, slots=self.slots)
         _ = self.parts  # refuses what does not go together
 
     @cached_property

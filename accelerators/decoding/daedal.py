@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative, check_whole
 from hasten.accelerators.decoding.geometry import Canvas, InsertingGeometry
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.statistics import Statistics
@@ -49,14 +50,12 @@ class DAEDAL(InsertingGeometry):
     eos_window: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("initial_length", 1), ("max_length", 1), ("block_length", 1), ("expansion", 2), ("eos_window", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        check_whole(1, initial_length=self.initial_length, max_length=self.max_length)
+        check_whole(1, block_length=self.block_length, eos_window=self.eos_window)
+        check_whole(2, expansion=self.expansion)
         if self.initial_length > self.max_length:
             raise ValueError(f"initial_length must be at most max_length, {self.max_length}, not {self.initial_length}")
-        for name in ("eos_threshold", "expand_eos_threshold", "low"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)!r}")
+        check_not_negative(eos_threshold=self.eos_threshold, expand_eos_threshold=self.expand_eos_threshold, low=self.low)
 
     @property
     def tail(self) -> int:

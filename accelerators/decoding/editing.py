@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.schedule import Decision, Memory, Parts, Revision, Schedule, View, merged
 from hasten.accelerators.decoding.threshold import ThresholdDecoding
 
@@ -37,8 +38,7 @@ class TokenEditing(Schedule):
     def __post_init__(self) -> None:
         if self.threshold is not None and not self.threshold >= 0:
             raise ValueError(f"threshold must be a number of at least 0 or None, not {self.threshold!r}")
-        if type(self.max_post_steps) is not int or self.max_post_steps < 0:
-            raise ValueError(f"max_post_steps must be a whole number of at least 0, not {self.max_post_steps!r}")
+        check_whole(0, max_post_steps=self.max_post_steps)
         _ = self.parts
 
     @cached_property

@@ -13,6 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.cache import Memory
 from hasten.accelerators.decoding.cached_loop import APPROXIMATE, EXACT, CachedLoop, Track
 from hasten.accelerators.decoding.compatibility import Cache, refuse
@@ -163,8 +164,7 @@ class Engine:
     wide_cost: float | None = None
 
     def __post_init__(self) -> None:
-        if type(self.every) is not int or self.every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, not {self.every!r}")
+        check_whole(1, every=self.every)
         if self.wide_cost is not None and not self.wide_cost >= 1:
             raise ValueError(f"wide_cost must be a number of at least 1 or None, not {self.wide_cost!r}")
         if self.cache not in (*EXACT, *APPROXIMATE):

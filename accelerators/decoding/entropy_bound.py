@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative
 from hasten.accelerators.decoding.quota import rank, top
 from hasten.accelerators.decoding.schedule import Memory, Needs, Rule, View
 from hasten.accelerators.decoding.statistics import Score, check_score
@@ -33,8 +34,7 @@ class EntropyBoundDecoding(Rule):
     score: Score = "entropy"
 
     def __post_init__(self) -> None:
-        if not self.bound >= 0:
-            raise ValueError(f"bound must be a number of at least 0, not {self.bound!r}")
+        check_not_negative(bound=self.bound)
         check_score(self.score)
 
     @property

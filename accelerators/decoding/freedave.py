@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.compatibility import refuse
 from hasten.accelerators.decoding.generate import Collector, Decoded, Logits, Loop, Rows
 from hasten.accelerators.decoding.geometry import Geometry, advanced, window, written
@@ -48,8 +49,7 @@ class FreeDave:
     agreement: Agreement = "exact"
 
     def __post_init__(self) -> None:
-        if type(self.drafts) is not int or self.drafts < 1:
-            raise ValueError(f"drafts must be a whole number of at least 1, not {self.drafts!r}")
+        check_whole(1, drafts=self.drafts)
         if self.agreement not in get_args(Agreement):
             raise ValueError(f"agreement must be one of {', '.join(get_args(Agreement))}, not {self.agreement!r}")
         refuse(self.schedule, drafts=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative, check_whole
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.schedule import Memory, Needs, Rule, View
 
@@ -44,12 +45,8 @@ class KLASS(Rule):
     support: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "divergence"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)!r}")
-        for name in ("window", "minimum", "support"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        check_not_negative(threshold=self.threshold, divergence=self.divergence)
+        check_whole(1, window=self.window, minimum=self.minimum, support=self.support)
 
     @property
     def wants(self) -> Needs:

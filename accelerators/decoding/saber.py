@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.schedule import Decision, Memory, Parts, Revision, Rule, Schedule, View, merged
 
@@ -43,9 +44,7 @@ class Saber(Schedule):
     rule: Schedule | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "mu"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        check_whole(1, n=self.n, mu=self.mu)
         if self.signal not in get_args(Signal):
             raise ValueError(f"signal must be one of {', '.join(get_args(Signal))}, not {self.signal!r}")
         _ = self.parts

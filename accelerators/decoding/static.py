@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.quota import Curve, quota, top
 from hasten.accelerators.decoding.schedule import Memory, Needs, Rule, View
 from hasten.accelerators.decoding.statistics import Score, check_score
@@ -40,8 +41,7 @@ class StaticDecoding(Rule):
         check_score(self.score)
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise ValueError(f"steps must be a whole number of at least 1 or None, not {self.steps!r}")
-        if type(self.tokens_per_step) is not int or self.tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step must be a whole number of at least 1, not {self.tokens_per_step!r}")
+        check_whole(1, tokens_per_step=self.tokens_per_step)
         if self.steps is not None and self.tokens_per_step != 1:
             raise ValueError(f"steps={self.steps} already says how many tokens a step commits; leave tokens_per_step at 1")
         if self.curve not in get_args(Curve):

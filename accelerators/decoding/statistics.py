@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.noise import Key, gumbel, uniform
 
 Score = Literal["low_confidence", "margin", "entropy", "random"]
@@ -253,8 +254,7 @@ def truncated(logits: Tensor, *, top_k: int | None = None, top_p: float | None =
         ValueError: A value is out of range.
     """
     if top_k is not None:
-        if type(top_k) is not int or top_k < 1:
-            raise ValueError(f"top_k must be a whole number of at least 1, not {top_k!r}")
+        check_whole(1, top_k=top_k)
         if top_k < logits.shape[-1]:
             least = logits.topk(top_k, -1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

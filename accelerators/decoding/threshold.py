@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative, check_whole
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.schedule import Memory, Needs, Rule, View
 from hasten.accelerators.decoding.statistics import Score, check_probability_score
@@ -32,10 +33,8 @@ class ThresholdDecoding(Rule):
     score: Score = "low_confidence"
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold must be a number of at least 0, not {self.threshold!r}")
-        if type(self.minimum) is not int or self.minimum < 1:
-            raise ValueError(f"minimum must be a whole number of at least 1, not {self.minimum!r}")
+        check_not_negative(threshold=self.threshold)
+        check_whole(1, minimum=self.minimum)
         check_probability_score(self.score)
 
     @property

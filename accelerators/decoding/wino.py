@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_not_negative
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.schedule import Decision, Memory, Needs, Parts, Revision, Rule, Schedule, View, merged
 
@@ -34,9 +35,7 @@ class WINO(Schedule):
     rule: Schedule | None = None
 
     def __post_init__(self) -> None:
-        for name in ("wide", "narrow"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be a number of at least 0, not {getattr(self, name)!r}")
+        check_not_negative(wide=self.wide, narrow=self.narrow)
         _ = self.parts
 
     @cached_property

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.search.task import NOTHING, ROOT, Candidate, Found, Task
 from hasten.accelerators.steering.budget import Budget, Cost, Meter
 from hasten.accelerators.steering.loop import checked_micro_batch, micro_batches
@@ -209,8 +210,7 @@ def optimise(
 
 def check_ascent(iterations: int, **positive: float) -> None:
     """Refuses settings that are out of range."""
-    if type(iterations) is not int or iterations < 1:
-        raise ValueError(f"iterations must be a whole number of at least 1, not {iterations!r}")
+    check_whole(1, iterations=iterations)
     for name, value in positive.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be above 0 and finite, not {value!r}")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.search.task import Candidate, Found, Task
 from hasten.accelerators.steering.budget import Budget, Cost, Meter
 from hasten.accelerators.steering.loop import checked_micro_batch, micro_batches
@@ -165,8 +166,7 @@ def grow_video(
         BudgetError: The budget does not suffice for one video.
         ValueError: A stage lacks its verifier or its prompt, or a number is out of range.
     """
-    if type(chunks) is not int or chunks < 1:
-        raise ValueError(f"chunks must be a whole number of at least 1, not {chunks!r}")
+    check_whole(1, chunks=chunks)
     judges = verifiers if isinstance(verifiers, Mapping) else dict.fromkeys(STAGES, verifiers)
     asked = prompt if isinstance(prompt, Mapping) else dict.fromkeys(STAGES, prompt)
     stages = {stage_of(chunk, chunks) for chunk in range(chunks)}

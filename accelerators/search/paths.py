@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.search.task import Search, Task
 from hasten.accelerators.steering.budget import Cost
 from hasten.accelerators.steering.kernels import add_noise
@@ -47,9 +48,7 @@ class SearchOverPaths:
     keep: str = "overall"
 
     def __post_init__(self) -> None:
-        for name in ("paths", "branches"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        check_whole(1, paths=self.paths, branches=self.branches)
         if not 0 < self.start < 1 or not 0 < self.forward < self.backward or self.start + self.forward > 1:
             raise ValueError(
                 "start must be above 0, forward above 0 and below backward, and start + forward at most 1, "

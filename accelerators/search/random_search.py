@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.search.task import NOTHING, ROOT, Candidate, Search, Task
 
 
@@ -34,9 +35,7 @@ class RandomSearch:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "pool", "growth"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        check_whole(1, rounds=self.rounds, pool=self.pool, growth=self.growth)
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise ValueError(f"steps must be a whole number of at least 1, or None for full runs, not {self.steps!r}")
 

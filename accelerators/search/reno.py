@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.search.ascent import Ascent, Climb, check_ascent
 from hasten.accelerators.search.task import Task
 from hasten.accelerators.steering.mixes import RENO_REWARDS, WeightedSum
@@ -48,8 +49,7 @@ class ReNO:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum!r}")
         if not 0 <= self.regularisation < float("inf"):
             raise ValueError(f"regularisation must be at least 0 and finite, not {self.regularisation!r}")
-        if type(self.candidates) is not int or self.candidates < 1:
-            raise ValueError(f"candidates must be a whole number of at least 1, not {self.candidates!r}")
+        check_whole(1, candidates=self.candidates)
 
     def __str__(self) -> str:
         return f"ReNO, {self.iterations} iterations, rate {self.learning_rate:g}"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.steering.budget import Budget, Cost, Meter
 from hasten.accelerators.steering.levels import NoisePath
 from hasten.accelerators.steering.loop import Scorer, checked_micro_batch, micro_batches
@@ -108,9 +109,7 @@ class Task:
     _drawn: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows_per_step"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        check_whole(1, steps=self.steps, rows_per_step=self.rows_per_step)
 
     # ------------------------------------------------------------------------------------------------------- noise
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.accelerators.checks import check_whole
 from hasten.accelerators.search.task import FIRST, ROOT, Candidate, Search, Task
 
 
@@ -53,9 +54,7 @@ class ZeroOrder:
     restart: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "neighbours"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+        check_whole(1, rounds=self.rounds, neighbours=self.neighbours)
         if not 0 <= self.rho < 1:
             raise ValueError(f"rho must be at least 0 and below 1, not {self.rho!r}")
         if self.keep not in ("norm", "gaussian"):

@@ -25,32 +25,15 @@ from hasten.benchmarks.decoding import AT_ONCE, ENTRIES, LIMITS, ONE, Answers, E
 from hasten.benchmarks.decoding_page import verdict
 from hasten.benchmarks.harness import BenchError
 from hasten.pipelines.decoding_schedulers import decoding_scheduler
-from hasten.pipelines.zoo.puzzles import BLOCK_LENGTH, GEN_LENGTH, TASKS, new_config, new_tokenizer, validation_puzzles
-from hasten.pipelines.zoo.puzzles.modeling_puzzles import PuzzlesConfig, PuzzlesForMaskedLM
+from hasten.pipelines.zoo.puzzles import BLOCK_LENGTH, GEN_LENGTH, TASKS, validation_puzzles
+from tests.pipelines.tiny_puzzles import tiny
 
 SMALL = decoding_speed.Settings(width=32, layers=1, heads=2, inner=32, vocabulary=32, prompt=16, answer=32, block_length=16)
 
 
-def tiny(layers: int = 2) -> PuzzlesForMaskedLM:
-    torch.manual_seed(0)
-    config = new_config(new_tokenizer(), width=32, layers=layers, heads=2, inner=48)
-    config.initializer_range = 0.2  # so that predictions differ
-    return PuzzlesForMaskedLM._from_config(config).eval()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("puzzles")
-    PuzzlesConfig.register_for_auto_class()
-    PuzzlesForMaskedLM.register_for_auto_class("AutoModelForCausalLM")
-    tiny().save_pretrained(path)
-    new_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def subject(folder: Path) -> Subject:
-    return Subject(folder)
+def subject(tiny_puzzles_folder: Path) -> Subject:
+    return Subject(tiny_puzzles_folder)
 
 
 def prompts(n: int = 3) -> list[str]:
@@ -255,7 +238,10 @@ def test_the_engine_gives_the_answers_of_the_loop(subject: Subject) -> None:
     assert not [row for row in rows if row["differ"]] and all(1 <= row["forwards"] < 2 for row in rows)
 
 
-def test_it_runs_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_from_end_to_end(
+    tiny_puzzles_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_puzzles_folder
     monkeypatch.setattr(decoding, "SHOWN", {name: decoding.SHOWN[name] for name in ("static", "saber")})
     wanted = {"static: 1 token a step", "static: a block at once", "threshold: 0.9", "credit: 0.9"}
     entries = [entry for entry in ENTRIES if f"{entry.family}: {entry.text}" in wanted]
@@ -276,12 +262,12 @@ def test_it_runs_from_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert again.read_text() == text
 
 
-def test_bad_arguments_are_refused_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert decoding.run(True, model=tmp_path) == 2
     assert decoding.run(True, json_path=tmp_path) == 2
     lines = capsys.readouterr().err.splitlines()
     (tmp_path / "no.json").write_text('{"name": "caching"}')
-    assert decoding.main(["--assemble", str(tmp_path / "no.json"), "--docs", str(tmp_path / "x.md"), "--model", str(folder)]) == 2
+    assert decoding.main(["--assemble", str(tmp_path / "no.json"), "--docs", str(tmp_path / "x.md")]) == 2
     assert "holds no results of this benchmark" in capsys.readouterr().err
     assert len(lines) == 2 and lines[0].startswith("hasten bench decoding: --model") and "--json" in lines[1]
     with pytest.raises(BenchError, match="prompts must be at least 1, not 0"):

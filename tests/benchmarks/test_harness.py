@@ -8,23 +8,30 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hasten.benchmarks.harness import (
     Bar,
     BenchError,
+    Note,
     Results,
     Timing,
     Variant,
+    bars_last,
     bars_table,
     check_target,
+    command_line,
+    conduct,
     interleave,
     machine,
     median_interval,
     paired_difference,
     paired_ratios,
+    read_results,
     results_page,
+    run_from_command_line,
     spread,
     surroundings,
     table,
@@ -190,3 +197,98 @@ def test_spread_and_page() -> None:
     assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     page = results_page("caching")
     assert page is None or (page.name == "caching.md" and page.parent.name == "results")
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole run
+
+
+def measured(value: float, note: Note) -> Results:
+    done = note("runs", None)
+    done()
+    return Results("fake", False, rows=[{"variant": "plain"}], bars=[Bar.at_most("time", value, 1.0)])
+
+
+def page_of(results: Results) -> str:
+    return bars_last(results, "Fake, measured", "About.")
+
+
+@pytest.mark.parametrize(("value", "code"), [(0.5, 0), (2.0, 1)])
+def test_a_run_writes_json_pictures_and_page_and_prints_the_bars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float, code: int
+) -> None:
+    docs, written = tmp_path / "docs" / "results" / "fake.md", tmp_path / "out.json"
+    drawn: list[tuple[Path, bool]] = []
+
+    def pictures(results: Results, folder: Path) -> None:
+        drawn.append((folder, docs.exists()))
+
+    found = conduct("fake", measured, page_of, {"value": value}, json_path=written, docs=docs, pictures=pictures)
+    assert found == code
+    assert drawn == [(tmp_path / "docs" / "pictures", False)], "a page never points at pictures that are not there yet"
+    data, text = json.loads(written.read_text()), docs.read_text()
+    assert data["name"] == "fake" and data["bars"][0]["value"] == value
+    assert text.startswith("# Fake, measured\n\nWritten by `hasten bench fake`, never by hand.\n\nMachine: ")
+    bars = bars_table([Bar.at_most("time", value, 1.0)])
+    assert text.endswith(f"About.\n\n## Bars\n\n{bars}\n")
+    out, err = capsys.readouterr()
+    assert out == bars + "\n" and "runs" in err
+    conduct("fake", measured, page_of, {"value": value}, json_path=None, docs=None, shown=lambda results: "all of it")
+    assert capsys.readouterr().out == "all of it\n"
+
+
+def test_what_cannot_be_run_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def refuses(**settings: Any) -> Results:
+        calls.append(settings)
+        raise BenchError("batch must be at least 1, not 0")
+
+    for json_path, docs in ((tmp_path, None), (None, tmp_path)):
+        assert conduct("fake", refuses, page_of, {}, json_path=json_path, docs=docs) == 2
+    assert not calls, "files are tried before anything is measured"
+    assert conduct("fake", refuses, page_of, {"batch": 0}, json_path=tmp_path / "out.json", docs=None) == 2
+    assert calls[0]["batch"] == 0 and not (tmp_path / "out.json").exists()
+    out, err = capsys.readouterr()
+    assert out == "" and [line.partition(" must")[0] for line in err.splitlines()] == [
+        "hasten bench fake: --json",
+        "hasten bench fake: --docs",
+        "hasten bench fake: batch",
+    ]
+
+
+def test_an_error_of_the_measurement_is_not_swallowed() -> None:
+    def fails(note: Note) -> Results:
+        note("runs", 3)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        conduct("fake", fails, page_of, {}, json_path=None, docs=None)
+
+
+def test_settings_come_from_the_command_line(tmp_path: Path) -> None:
+    calls: list[Any] = []
+
+    def run(*arguments: Any, **settings: Any) -> int:
+        calls.append((arguments, settings))
+        return 1
+
+    known = {"rounds": (7, "timings"), "updates": ((10, 17), "of each part")}
+    for given in (["--rounds", "3", "--json", str(tmp_path / "a.json")], ["--updates", "5", "6"]):
+        assert run_from_command_line(run, command_line("fake", "First line.\n\nMore."), known, given) == 1
+    assert calls == [
+        ((False, tmp_path / "a.json", None), {"rounds": 3, "updates": (10, 17)}),
+        ((False, None, None), {"rounds": 7, "updates": [5, 6]}),
+    ]
+    assert "First line." in command_line("fake", "First line.\n\nMore.").format_help()
+    assert "More." not in command_line("fake", "First line.\n\nMore.").format_help()
+
+
+def test_results_are_read_back_by_their_name(tmp_path: Path) -> None:
+    Results("fake", True, rows=[{"variant": "plain"}]).write_json(tmp_path / "out.json")
+    assert read_results(tmp_path / "out.json", "fake")["rows"] == [{"variant": "plain"}]
+    with pytest.raises(BenchError, match="holds no results of this benchmark"):
+        read_results(tmp_path / "out.json", "other")
+    (tmp_path / "half.json").write_text('{"name": "fa')
+    for name in ("half.json", "missing.json"):
+        with pytest.raises(BenchError, match=f"{name} cannot be read as results"):
+            read_results(tmp_path / name, "fake")

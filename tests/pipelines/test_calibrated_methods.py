@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor
 
 import hasten
-from hasten.accelerators.caching.plan import PlanError
+from hasten.accelerators.caching.plan import Action, PlanError
 from hasten.accelerators.caching.runtime import attach
 from hasten.accelerators.caching.trace import weight_facts
 from hasten.pipelines.calibration import estimate
 from tests.accelerators.caching.test_deep import inputs, unet
+from tests.accelerators.caching.toys import randn
 from tests.families import PIPELINES, run
 
 STEPS = 8
@@ -31,6 +34,22 @@ def loop_over(net: Any, steps: int = STEPS) -> Any:
                     args, kwargs = inputs(3 * k)
                     made.append(net(*args, **kwargs).sample)
         return made
+
+    return loop
+
+
+def guided_loop_over(net: Any) -> Any:
+    """Two calls a step, and samples [rows, steps, ...] of both together."""
+
+    def loop(session: Any) -> Tensor:
+        made = []
+        with torch.no_grad():
+            for k in range(STEPS):
+                with session.step(k):
+                    args, _ = inputs(3 * k)
+                    told, untold = (net(*args, encoder_hidden_states=randn(seed, 2, 5, 8)).sample for seed in (2, 3))
+                    made.append(untold + 2 * (told - untold))
+        return torch.stack(made, 1)
 
     return loop
 
@@ -79,6 +98,48 @@ def test_the_dynamic_schedule_costs_least_and_keeps_to_its_lengths() -> None:
         return sum(distance[a, a:b].sum() for a, b in zip(cuts, [*cuts[1:], 20], strict=True))
 
     assert cost(starts) < cost([0, 5, 10, 15])
+
+
+def test_a_planned_schedule_forecasts_and_corrects_what_it_forecasts(tmp_path: Path) -> None:
+    net = unet()
+    loop = guided_loop_over(net)
+    plan = hasten.calibrate(net, loop, hasten.CacheQuant(interval=2, schedule="planned", ridge=0.0), **CALL)
+    computed = np.flatnonzero(plan.actions[:, 0, 0] == Action.COMPUTE)
+    assert len(computed) == 4 and computed[0] == 0
+    assert len(plan.branches) == 2 and (plan.actions[:, 0, 0] == plan.actions[:, 0, 1]).all()
+    assert (np.delete(plan.actions, computed, 0) == Action.FORECAST).all(), "nothing is reused as it was"
+
+    values: list[Tensor] = []
+    hook = net.get_submodule(plan.sites[0]).register_forward_hook(lambda _, __, out: values.append(out[0]))
+    reference = loop(SimpleNamespace(step=lambda k: nullcontext()))
+    hook.remove()
+    assert len(values) == 2 * STEPS and plan.weights is not None
+    (table,) = plan.corrections.values()
+    for branch in range(2):
+        of = [value.movedim(1, -1).reshape(-1, 8).double().numpy() for value in values[branch::2]]
+        for k in range(STEPS):
+            scale, shift = table[:, k, branch]
+            if k in computed:
+                assert (scale == 1).all() and not shift.any()
+                continue
+            sources = computed[computed < k][::-1]
+            forecast = sum(weight * of[source] for weight, source in zip(plan.weights[k, 0, branch], sources, strict=False))
+            for c in range(8):
+                design = np.stack([forecast[:, c], np.ones(len(forecast))], 1)
+                best = np.linalg.lstsq(design, of[k][:, c], rcond=None)[0]
+                np.testing.assert_allclose([scale[c], shift[c]], best, rtol=1e-3, atol=1e-3)
+
+    plan.save(tmp_path / "plan.safetensors")
+    loaded = hasten.Plan.load(tmp_path / "plan.safetensors")
+    assert loaded == plan and loaded.branches == plan.branches
+    made = []
+    for each in (plan, loaded):
+        with attach(net, each, num_inference_steps=STEPS) as session:
+            made.append(loop(session))
+        assert session.report.computed_fraction == 0.5 and not session.report.reasons
+    assert torch.equal(*made) and 0 < error(made[0], reference) < 0.2
+    with pytest.raises(ValueError, match="the sampling loop must return its samples"):
+        calibrated(net, hasten.CacheQuant(interval=2, schedule="planned"))
 
 
 def test_a_quantised_plan_travels_in_one_file_and_leaves_the_network_alone(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from hasten.pipelines.zoo.puzzles import (
     load_pipeline,
     load_puzzles,
     modeling_puzzles,
-    new_config,
     new_tokenizer,
     validation_puzzles,
     weights_folder,
 )
-from hasten.pipelines.zoo.puzzles.modeling_puzzles import PuzzlesConfig, PuzzlesForMaskedLM
+from hasten.pipelines.zoo.puzzles.modeling_puzzles import PuzzlesForMaskedLM
+from tests.pipelines.tiny_puzzles import tiny
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -45,15 +45,6 @@ assert out.sequences.shape == (1, 16)
 assert not any(name.partition(".")[0] == "hasten" for name in sys.modules)
 torch.save(logits, sys.argv[2])
 """
-
-
-def tiny(block_length: int = BLOCK_LENGTH, **options: object) -> PuzzlesForMaskedLM:
-    torch.manual_seed(0)
-    config = new_config(new_tokenizer(), width=32, layers=2, heads=2, inner=48)
-    config.block_length = block_length
-    # Weights as small as a real initialisation's would make all logits alike.
-    config.initializer_range = 0.2
-    return PuzzlesForMaskedLM._from_config(config, **options).eval()
 
 
 def without_mask(model: PuzzlesForMaskedLM) -> PuzzlesForMaskedLM:
@@ -192,26 +183,17 @@ def test_appending_block_by_block_to_a_cache_is_exact(four_dimensional: bool) ->
 # ---------------------------------------------------------------------------------------------- as others load and run it
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("puzzles")
-    PuzzlesConfig.register_for_auto_class()
-    PuzzlesForMaskedLM.register_for_auto_class("AutoModelForCausalLM")
-    tiny().save_pretrained(path)
-    new_tokenizer().save_pretrained(path)
-    return path
-
-
-def test_it_is_loaded_and_run_without_hasten(folder: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", ALONE, str(folder), str(tmp_path / "logits.pt")], check=True, timeout=300, cwd="/")
+def test_it_is_loaded_and_run_without_hasten(tiny_puzzles_folder: Path, tmp_path: Path) -> None:
+    arguments = [str(tiny_puzzles_folder), str(tmp_path / "logits.pt")]
+    subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True, timeout=300, cwd="/")
     with torch.no_grad():
         expected = tiny()(new_tokenizer()("3? + ? = 91", return_tensors="pt").input_ids).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_without_its_code_it_is_refused_and_not_read_as_a_causal_model(folder: Path) -> None:
+def test_without_its_code_it_is_refused_and_not_read_as_a_causal_model(tiny_puzzles_folder: Path) -> None:
     with pytest.raises(ValueError):
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        AutoModelForCausalLM.from_pretrained(tiny_puzzles_folder, trust_remote_code=False, local_files_only=True)
 
 
 def cached_static(model: PuzzlesForMaskedLM, prompt: Tensor, mask: int) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hasten.accelerators.caching.correction import AffineCorrection, AffineStatistics, affine_fit
+from hasten.accelerators.caching.affine import Affine
+from hasten.accelerators.caching.correction import AffineCorrection, AffineStatistics
 
 
 def pair(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,17 +21,30 @@ def pair(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return slope * approx + noise * torch.randn(shape, generator=g) + torch.randn(1, generator=g), approx
 
 
+def fitted(true: torch.Tensor, approx: torch.Tensor, dim: int = -1, ridge: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift [channels] of one batch."""
+    statistics = AffineStatistics(1, approx.shape[dim])
+    statistics.add(0, true, approx, dim=dim)
+    fit = statistics.fit(ridge)
+    return fit.scale[0], fit.shift[0]
+
+
+def at_step(fit: AffineCorrection, step: int) -> Affine:
+    """What the runtime makes of a step."""
+    return Affine(fit.scale[step].numpy(), fit.shift[step].numpy())
+
+
 def test_finds_an_affine_map_again() -> None:
     approx = torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     a, b = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]), torch.tensor([0.0, 1.0, -1.0, 2.0, 0.25])
-    scale, shift = affine_fit(approx * a.view(5, 1, 1) + b.view(5, 1, 1), approx, (0, 2, 3))
+    scale, shift = fitted(approx * a.view(5, 1, 1) + b.view(5, 1, 1), approx, 1)
     torch.testing.assert_close(scale, a, atol=1e-6, rtol=0)
     torch.testing.assert_close(shift, b, atol=1e-6, rtol=0)
 
 
 def test_equals_least_squares() -> None:
     true, approx = pair(1, 200)
-    scale, shift = affine_fit(true, approx, 0)
+    scale, shift = fitted(true[:, None], approx[:, None])
     design = np.stack([approx.double().numpy(), np.ones(200)], 1)
     expected = np.linalg.lstsq(design, true.double().numpy(), rcond=None)[0]
     np.testing.assert_allclose([float(scale), float(shift)], expected, rtol=1e-5)
@@ -44,7 +58,7 @@ def test_is_never_worse_than_reuse(seed: int, rows: int, channels: int, ridge: f
     statistics.add(0, true, approx, dim=1)
     fit = statistics.fit(ridge)
     reuse = (true - approx).double().square().mean((0, 2))
-    corrected = (true - fit.apply(0, approx, dim=1)).double().square().mean((0, 2))
+    corrected = (true - at_step(fit, 0).apply(approx, 1)).double().square().mean((0, 2))
     slack = 1e-5 * (reuse + true.double().square().mean((0, 2)) + approx.double().square().mean((0, 2)))
     assert (corrected <= reuse + slack).all()
     assert (statistics.errors(fit)[0] <= statistics.errors()[0] + slack).all()
@@ -54,10 +68,10 @@ def test_is_never_worse_than_reuse(seed: int, rows: int, channels: int, ridge: f
 
 def test_a_ridge_shrinks_to_reuse_and_a_shift_of_the_mean() -> None:
     true, approx = pair(3, 50, 4)
-    free, _ = affine_fit(true, approx, 0)
+    free, _ = fitted(true, approx)
     before = (free - 1).abs()
     for ridge in (0.1, 10.0, 1e4, 1e12):
-        scale, shift = affine_fit(true, approx, 0, ridge)
+        scale, shift = fitted(true, approx, ridge=ridge)
         assert ((scale - 1).abs() <= before + 1e-6).all() and ((scale - 1) * (free - 1) >= -1e-6).all()
         before = (scale - 1).abs()
     torch.testing.assert_close(scale, torch.ones(4), atol=1e-5, rtol=0)
@@ -67,7 +81,7 @@ def test_a_ridge_shrinks_to_reuse_and_a_shift_of_the_mean() -> None:
 def test_a_flat_channel_is_only_shifted() -> None:
     approx = torch.full((10, 2), 3.0)
     true = approx + torch.tensor([0.5, -1.0])
-    scale, shift = affine_fit(true, approx, 0)
+    scale, shift = fitted(true, approx)
     assert scale.tolist() == [1, 1] and shift.tolist() == [0.5, -1.0]
 
 
@@ -77,7 +91,7 @@ def test_streaming_equals_one_batch(seed: int, sizes: list[int]) -> None:
     statistics = AffineStatistics(4, 3)
     for a, b in zip(true.split(sizes), approx.split(sizes), strict=True):
         statistics.add(2, a, b)
-    fit, once = statistics.fit(0.01), affine_fit(true, approx, (0, 1), 0.01)
+    fit, once = statistics.fit(0.01), fitted(true, approx, ridge=0.01)
     torch.testing.assert_close((fit.scale[2], fit.shift[2]), once, rtol=1e-5, atol=1e-5)
     assert (fit.scale[[0, 1, 3]] == 1).all() and (fit.shift[[0, 1, 3]] == 0).all()
 
@@ -102,24 +116,37 @@ def test_branches_are_kept_apart() -> None:
         statistics.fit()
 
 
-def test_a_negative_scale_says_do_not_reuse_here() -> None:
-    statistics = AffineStatistics(3, 2)
+def test_a_value_that_moves_against_the_true_one_keeps_its_negative_scale() -> None:
+    statistics = AffineStatistics(2, 2)
     approx = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
-    statistics.add(0, approx, approx)
-    statistics.add(1, -approx, approx)
-    statistics.add(2, approx * torch.tensor([1.0, -1.0]), approx)
-    fit = statistics.fit()
-    assert fit.decorrelated.tolist() == [[False, False], [True, True], [False, True]]
-    assert fit.refused() == (1, 2) and fit.refused(share=0.5) == (1,)
-    assert AffineCorrection.identity(3, 2).refused() == ()
+    statistics.add(0, -approx, approx)
+    statistics.add(1, approx * torch.tensor([1.0, -1.0]), approx)
+    assert (statistics.fit().scale < 0).tolist() == [[True, True], [False, True]]
 
 
-def test_applies_along_any_dimension_and_keeps_the_dtype() -> None:
+def test_moments_are_those_of_all_that_was_taken_in() -> None:
+    statistics = AffineStatistics(2, 3)
+    true, approx = pair(5, 12, 3)
+    for part in (slice(0, 1), slice(1, 12)):
+        statistics.add(1, true[part], approx[part])
+    found = statistics.moments()
+    assert found.seen.tolist() == [[False] * 3, [True] * 3]
+    expected = np.stack([np.cov(true[:, c].double(), approx[:, c].double(), bias=True) for c in range(3)])
+    np.testing.assert_allclose(found.variance_true[1], expected[:, 0, 0], rtol=1e-9)
+    np.testing.assert_allclose(found.variance_approx[1], expected[:, 1, 1], rtol=1e-9)
+    np.testing.assert_allclose(found.covariance[1], expected[:, 0, 1], rtol=1e-9)
+    np.testing.assert_allclose(found.mean_true[1], true.double().mean(0), rtol=1e-9)
+    np.testing.assert_allclose(found.mean_approx[1], approx.double().mean(0), rtol=1e-9)
+    assert not torch.stack(found[1:])[:, 0].any()
+
+
+def test_a_fitted_step_is_carried_out_along_any_dimension_and_keeps_the_dtype() -> None:
     fit = AffineCorrection(torch.tensor([[1.0, 1.0], [2.0, 3.0]]), torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
+    first, second = (at_step(fit, k) for k in range(2))
     tokens = torch.ones(2, 5, 2, dtype=torch.bfloat16)
-    assert fit.apply(1, tokens).dtype == torch.bfloat16 and fit.apply(1, tokens)[0, 0].tolist() == [3, 2]
+    assert second.apply(tokens, -1).dtype == torch.bfloat16 and second.apply(tokens, -1)[0, 0].tolist() == [3, 2]
     picture = torch.ones(1, 2, 3, 3)
-    assert fit.apply(1, picture, dim=1)[0, :, 0, 0].tolist() == [3, 2] and torch.equal(fit.apply(0, picture, dim=1), picture)
+    assert second.apply(picture, 1)[0, :, 0, 0].tolist() == [3, 2] and torch.equal(first.apply(picture, 1), picture)
     assert (picture == 1).all()
 
 
@@ -130,8 +157,6 @@ def test_errors_name_the_argument() -> None:
         AffineCorrection(torch.ones(1, 3), torch.ones(1, 2))
     with pytest.raises(ValueError, match="shift must be finite; 1 of its 3"):
         AffineCorrection(torch.ones(1, 3), torch.tensor([[0.0, float("nan"), 1.0]]))
-    with pytest.raises(ValueError, match="value must have 3 channels along dim 1"):
-        AffineCorrection.identity(1, 3).apply(0, torch.ones(2, 4), dim=1)
     with pytest.raises(ValueError, match="channels must be a whole number of at least 1, not 0"):
         AffineStatistics(1, 0)
     with pytest.raises(ValueError, match="step must be from 0 to 1, not 2"):
@@ -141,10 +166,4 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="must be finite; at step 0"):
         AffineStatistics(2, 1).add(0, torch.tensor([[float("inf")]]), torch.ones(1, 1))
     with pytest.raises(ValueError, match="ridge must be a finite number of at least 0"):
-        affine_fit(torch.ones(2), torch.ones(2), 0, -1.0)
-    with pytest.raises(ValueError, match="dims must name at least one"):
-        affine_fit(torch.ones(2), torch.ones(2), ())
-    with pytest.raises(ValueError, match="x_true and x_approx must have one shape"):
-        affine_fit(torch.ones(2), torch.ones(3), 0)
-    with pytest.raises(ValueError, match="share must be from 0 to 1"):
-        AffineCorrection.identity(1, 1).refused(2)
+        fitted(torch.ones(2, 1), torch.ones(2, 1), ridge=-1.0)

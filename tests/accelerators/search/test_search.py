@@ -25,6 +25,7 @@ from hasten.accelerators.steering.noise import stream
 from hasten.accelerators.steering.report import ROOT
 from hasten.accelerators.steering.verifiers import RewardWarning
 from tests.accelerators.search.worlds import TARGET, World, closeness, evaluate
+from tests.accelerators.steering.budgets import limits
 
 METHODS: list[SearchMethod] = [
     RandomSearch(rounds=3),
@@ -125,15 +126,6 @@ methods = st.one_of(
         quota=st.sampled_from([None, 1, 5]),
         reserve=st.sampled_from([None, 0, 3]),
     ),
-)
-limits = st.fixed_dictionaries(
-    {},
-    optional={
-        "particle_steps": st.integers(1, 300),
-        "denoiser_rows": st.integers(1, 600),
-        "decodes": st.integers(1, 80),
-        "verifier_rows": st.integers(1, 160),
-    },
 )
 
 
