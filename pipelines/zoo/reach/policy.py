@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -95,13 +94,21 @@ class Entity(nn.Module):
         return self.second(F.silu(self.first(features.to(self.first.weight.dtype))))
 
 
+class Memory(NamedTuple):
+    """What a policy keeps of its observations: the same at every step of a chunk."""
+
+    tokens: Tensor  # [B, 1 + obstacles, width] that blocks attend to
+    waves: Tensor  # [width / 2] frequencies in which the noise level is told
+    x: Tensor  # [B, 1, 1] the unit vector (x, y) towards the goal
+    y: Tensor  # [B, 1, 2] as (y, -y)
+
+
 def _turned(vectors: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Vectors [B, N, 2] in the frame whose first axis is the unit vector (x, y), each [B, 1, 1]; with -y the way back.
+    """Vectors [B, N, 2] in the frame of a `Memory`'s unit vector; with -y the way back.
 
     Not a matrix product: autocast would round the places to bfloat16.
     """
-    a, b = vectors.split(1, -1)
-    return torch.cat([x * a + y * b, x * b - y * a], -1)
+    return torch.addcmul(x * vectors, y, vectors.flip(-1))
 
 
 class ReachPolicy(ModelMixin, ConfigMixin):
@@ -141,8 +148,8 @@ class ReachPolicy(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
-    def remember(self, global_cond: Tensor) -> Tensor:
-        """What blocks attend to of an observation, [B, 1 + obstacles, width]: the same at every step of a chunk.
+    def remember(self, global_cond: Tensor) -> Memory:
+        """What is the same at every step of a chunk.
 
         Args:
             global_cond: [B, OBSERVATION] observations, in workspace units.
@@ -150,23 +157,23 @@ class ReachPolicy(ModelMixin, ConfigMixin):
         Raises:
             ValueError: The shape does not fit.
         """
-        position, displacement, ahead, x, y = self._seen(global_cond)
-        discs = global_cond.float()[:, 6:].unflatten(1, (-1, 3))
-        goal = self.goal(torch.cat([_turned(ahead, x, y), _turned(displacement, x, y) / SPEED], -1))
-        return torch.cat([goal, self.disc(torch.cat([_turned(discs[..., :2] - position, x, y), discs[..., 2:]], -1))], 1)
-
-    def _seen(self, global_cond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Position, displacement, the way to the goal, and its direction (x, y). In fp32 whatever the weights are: everything is seen from
-        the effector that faces the goal, so that where the scene lies and how it is turned need not be learned."""
         entries = 6 + 3 * self.config.obstacles
         if global_cond.ndim != 2 or global_cond.shape[1] != entries:
             raise ValueError(f"global_cond must have shape [B, {entries}], not {list(global_cond.shape)}")
+        # In fp32 whatever the weights are. Everything is seen from the effector that faces the goal, so that where the scene lies and how
+        # it is turned need not be learned.
         position, displacement, goal = global_cond.float()[:, None, :6].split(2, -1)
         ahead = goal - position
         x, y = (ahead / ahead.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)).split(1, -1)
-        return position, displacement, ahead, x, y
+        y = torch.cat([y, -y], -1)
+        discs = global_cond.float()[:, 6:].unflatten(1, (-1, 3))
+        token = self.goal(torch.cat([_turned(ahead, x, y), _turned(displacement, x, y) / SPEED], -1))
+        around = self.disc(torch.cat([_turned(discs[..., :2] - position, x, y), discs[..., 2:]], -1))
+        half = self.width // 2
+        waves = torch.exp(torch.arange(half, device=global_cond.device) * (-math.log(10_000) / half))
+        return Memory(torch.cat([token, around], 1), waves, x, y)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, global_cond: Tensor, memory: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float, global_cond: Tensor, memory: Memory | None = None) -> Tensor:
         """The predicted noise.
 
         Args:
@@ -189,13 +196,13 @@ class ReachPolicy(ModelMixin, ConfigMixin):
             raise ValueError(f"global_cond must have shape [{len(sample)}, {entries}], not {list(global_cond.shape)}")
         dtype = self.action_in.weight.dtype
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one for all rows is embedded once
-        time = get_timestep_embedding(times, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)
-        time = self.time_out(F.silu(self.time_in(time.to(dtype))))[:, None].expand(len(sample), -1, -1)
-        *_, x, y = self._seen(global_cond)
-        memory = torch.cat([time, self.remember(global_cond) if memory is None else memory], 1)
+        tokens, waves, x, y = self.remember(global_cond) if memory is None else memory
+        angles = times[:, None] * waves
+        time = self.time_out(F.silu(self.time_in(torch.cat([angles.cos(), angles.sin()], -1).to(dtype))))[:, None]
+        seen = torch.cat([time.expand(len(sample), -1, -1), tokens], 1)
         hidden_states = self.action_in(_turned(sample.float(), x, y).to(dtype)) + self.places + time
         for block in self.blocks:
-            hidden_states = block(hidden_states, memory)
+            hidden_states = block(hidden_states, seen)
         noise = self.action_out(self.norm_out(hidden_states)).float()
         return _turned(noise, x, -y).to(sample.dtype)
 
