@@ -42,14 +42,31 @@ class _Dispatch:
         return handler(call, args, kwargs)
 
 
+def _around(handler: Handler, inner: Handler | None) -> Handler:
+    """A handler whose `call` is what the inner handler makes of it."""
+    if inner is None:
+        return handler
+
+    def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return handler(lambda *args, **kwargs: inner(call, args, kwargs), args, kwargs)
+
+    return handle
+
+
 @contextmanager
-def intercept(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+def intercept(handlers: Mapping[nn.Module, Handler], *, around: bool = False) -> Iterator[None]:
     """Routes the calls of `handlers`' modules through their handlers, in this context, until the block is left.
 
-    Interceptions nest: an inner one hides an outer one of the same module. Nothing is left on the modules afterwards.
+    Nothing is left on the modules afterwards.
+
+    Args:
+        handlers: By module.
+        around: Where a module has a handler already, it is what the new one calls; else it is hidden.
     """
     installed: list[tuple[nn.Module, _Dispatch]] = []
-    token = _LISTENING.set({**(_LISTENING.get() or {}), **{id(module): handler for module, handler in handlers.items()}})
+    before = _LISTENING.get() or {}
+    routed = {id(module): _around(handler, before.get(id(module)) if around else None) for module, handler in handlers.items()}
+    token = _LISTENING.set({**before, **routed})
     try:
         with _INSTALLING:
             for module in handlers:

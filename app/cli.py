@@ -21,6 +21,7 @@ from hasten.app.options import (
     OUTPUT,
     BatchOption,
     BoundaryOption,
+    BudgetOption,
     CachedOption,
     CaptionOption,
     DeviceOption,
@@ -28,16 +29,29 @@ from hasten.app.options import (
     GuidanceOption,
     IntervalOption,
     JsonFlag,
+    KernelOption,
     MethodOption,
+    MicroBatchOption,
     ModelName,
     ModelOption,
+    ParticlesOption,
     PlanOption,
+    PlotsOption,
     PresetOption,
+    RankFlag,
+    ReportOption,
+    RewardOption,
+    RoundsOption,
+    SearchOption,
     SeedOption,
+    SelectOption,
+    SetOption,
     SizeOption,
     SkipOption,
+    SteerOption,
     StepsOption,
     ThresholdOption,
+    VersusFlag,
     parse_size,
 )
 
@@ -54,6 +68,7 @@ BENCHMARKS = {
     "caching-cachequant": "cachequant",
     "caching-compiled": "compiled",
     "decoding": "decoding",
+    "steering": "steering",
 }
 """Their modules in `hasten.benchmarks`."""
 
@@ -150,6 +165,20 @@ def generate(
     batch: BatchOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    steer: SteerOption = None,
+    search: SearchOption = None,
+    reward: RewardOption = None,
+    rank: RankFlag = False,
+    particles: ParticlesOption = None,
+    rounds: RoundsOption = None,
+    settings: SetOption = None,
+    kernel: KernelOption = None,
+    budget: BudgetOption = None,
+    micro_batch: MicroBatchOption = None,
+    select: SelectOption = None,
+    versus: VersusFlag = False,
+    report: ReportOption = None,
+    plots: PlotsOption = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -164,7 +193,7 @@ def generate(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Draw pictures from captions, accelerated.
+    """Draw pictures from captions, accelerated, or steered towards a reward.
 
     [bold]Examples[/bold]
 
@@ -176,18 +205,34 @@ def generate(
     hasten generate "a cat" -m PixArt-alpha/PixArt-XL-2-512x512 --steps 20
     hasten generate "a small red circle" --save-plan plan.safetensors
     hasten generate "a large green cross" --plan plan.safetensors
+    hasten generate "a red circle above a blue square" --steer fk --particles 4
+    hasten generate "a red circle above a blue square" --search zero-order --rounds 4 --versus
+    hasten generate "a cat" -m ./my-pipeline --steer best-of-n --reward hps:5,clip:0.01
 
     Every PNG holds its caption, seed and settings as text.
+
+    With --steer or --search each caption is sampled several times, and a reward chooses. Best-of-n is what the others must beat: --versus
+    measures whether they do. Nothing is cached then, unless a caching option is given.
     """
     from hasten.app import generate as work
     from hasten.app.setup import Options
+    from hasten.app.steered import generate_steered
+    from hasten.app.steering import Steering
 
     wanted = work.gather_captions(captions or [], captions_file)
     options = Options(
         model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device,
         threshold, skip_guidance,
     )  # fmt: skip
-    _finish((work.compare if compare else work.generate)(options, wanted, out, save_plan), json)
+    steering = Steering(
+        steer, search, reward, rank, particles, rounds, settings or (), kernel, budget or (), micro_batch, select, versus, report, plots
+    )
+    if steering.asked():
+        if compare:
+            raise errors.BadInput("--compare measures caching alone; with --steer and --search, --versus compares")
+        _finish(generate_steered(options, steering, wanted, out, save_plan), json)
+    else:
+        _finish((work.compare if compare else work.generate)(options, wanted, out, save_plan), json)
 
 
 @app.command()
@@ -507,7 +552,8 @@ def bench(
     caching: Delta-DiT against fewer steps, what the runtime costs. caching-rivals: the planner against cache-dit, diffusers' own caches
     and fewer steps (about an hour; the others' packages come with \\[bench]). caching-policy: BAC and the planner in a robot's policy.
     caching-cachequant: the parts of CacheQuant on a UNet. caching-compiled: caching with blocks compiled by torch.compile.
-    decoding: every schedule of text diffusion, for answers and for forwards.
+    decoding: every schedule of text diffusion, for answers and for forwards. steering: FK, halving and noise search beside best-of-N in
+    equal time (about half an hour).
     """
     from importlib import import_module
 

@@ -16,6 +16,7 @@ from hasten.app.errors import BadInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from hasten.accelerators.caching.report import RunReport
     from hasten.pipelines.accelerated import AcceleratedPipeline
@@ -100,6 +101,9 @@ class StepBar:
         self._steps = max(1, len(scheduler.timesteps))
 
     def scaled(self, scheduler: Any, timestep: Any) -> None:
+        """Nothing to show."""
+
+    def reindexed(self, scheduler: Any, index: Tensor, rows: int) -> None:
         """Nothing to show."""
 
     def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:

@@ -134,6 +134,9 @@ class LoopClock:
     def scaled(self, scheduler: Any, timestep: Any) -> None:
         pass
 
+    def reindexed(self, scheduler: Any, index: Tensor, rows: int) -> None:
+        pass
+
     def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
         self.ended, self.processor_ended = time.perf_counter(), time.process_time()
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,12 @@ class _Clock:
             session.guided(model_output)
         self._calls += 1
         self._tell()
+
+    def reindexed(self, scheduler: Any, index: Tensor, rows: int) -> None:
+        for session in self.sessions:
+            if session.latents_batch is not None:
+                blocks = session.latents_batch // rows  # more than one under batched guidance
+                session.reindex(torch.cat([index + block * rows for block in range(blocks)]))
 
     def _tell(self) -> None:
         for session in self.sessions:
@@ -258,9 +264,14 @@ class AcceleratedPipeline:
             RuntimeError: The wrapper is already running in another thread.
             PlanError: The plan does not fit this run.
         """
+        return self.call_within(nullcontext(), *args, **kwargs)
+
+    def call_within(self, inside: AbstractContextManager[Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the pipeline within a context that is entered when everything of the acceleration is in place; errors as for a call."""
         if not self._enabled:
-            return self.pipe(*args, **kwargs)
-        out = self._run(self.method, args, kwargs)
+            with inside:
+                return self.pipe(*args, **kwargs)
+        out = self._run(self.method, args, kwargs, inside)
         plan = self.report.plan
         if not self._announced and plan is not None:
             self._announced = True
@@ -288,7 +299,9 @@ class AcceleratedPipeline:
         shape = report.trace.resolution if report.trace is not None else ()
         return name, len(report.step_seconds), shape, facts.get("scheduler"), facts.get("guidance")
 
-    def _run(self, method: Method | Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, method: Method | Plan, args: tuple[Any, ...], kwargs: dict[str, Any], inside: AbstractContextManager[Any] | None = None
+    ) -> Any:
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("this accelerated pipeline is already running in another thread; make one wrapper and pipeline per thread")
         try:
@@ -312,6 +325,8 @@ class AcceleratedPipeline:
                 for session in sessions.values():
                     stack.enter_context(session)
                 stack.enter_context(hooked(self.pipe.scheduler, clock))
+                if inside is not None:
+                    stack.enter_context(inside)
                 return self.pipe(*args, **kwargs)
         finally:
             self._lock.release()

@@ -25,8 +25,14 @@ from hasten.accelerators.decoding.geometry import FixedBlocks, Geometry
 from hasten.accelerators.decoding.hex import HEX, Votes, vote
 from hasten.accelerators.decoding.models import Attention, adapt
 from hasten.accelerators.decoding.schedule import Schedule
+from hasten.accelerators.decoding.static import StaticDecoding
 from hasten.accelerators.decoding.statistics import Sampling
 from hasten.accelerators.decoding.threshold import ThresholdDecoding
+from hasten.accelerators.steering.budget import Budget
+from hasten.accelerators.steering.controller import SteeringMethod
+from hasten.accelerators.steering.fk import FKSteering
+from hasten.accelerators.steering.text import COMPLETIONS, Ancestral, SteeredText, steer_text
+from hasten.accelerators.steering.verifiers import Verifier
 from hasten.pipelines.decoding_schedulers import DecodingScheduler
 
 Prompts = str | Tensor | Sequence[Any]
@@ -314,6 +320,65 @@ class TextPipeline:
         answers = [[answer(text) for text in texts[i : i + n]] for i in range(0, len(texts), n)]
         return Votes(answers, [vote(each) for each in answers], runs)
 
+    def steer(
+        self,
+        prompts: Prompts,
+        verifier: Verifier | Callable[..., Any],
+        method: SteeringMethod | None = None,
+        *,
+        gen_length: int = 128,
+        schedule: Ancestral | StaticDecoding | None = None,
+        temperature: float = 1.0,
+        suppressed: Sequence[int] = (),
+        completions: int = COMPLETIONS,
+        budget: Budget | None = None,
+        seed: int = 0,
+        micro_batch: int | None = None,
+    ) -> SteeredText:
+        """Answers prompts with several particles each, which are judged on the way; see `steer_text`.
+
+        Rows are forwarded whole, without the pipeline's cache, and its schedule is not used.
+
+        Args:
+            prompts: As in `__call__`.
+            verifier: What is maximised: a callable f(answers, prompts) on texts, with one number for each answer.
+            method: `FKSteering` unless told.
+            gen_length: As in `__call__`.
+            schedule: What a step reveals: `Ancestral(steps)` or `StaticDecoding`; see `steer_text`.
+            temperature, suppressed, completions, budget, seed, micro_batch: As in `steer_text`.
+
+        Raises:
+            ValueError: As in `__call__`; and blocks that are not all of one length.
+            BudgetError, SteeringError, VerifierError: As in `steer_text`.
+        """
+        geometry = self.engine.geometry
+        if not isinstance(geometry, FixedBlocks) or not isinstance(geometry.block_length, int):
+            raise ValueError(f"steering needs blocks of one length, and this pipeline has {geometry}: pass block_length to it")
+        self._check_length(gen_length, geometry.block_length)
+        found = self._tokens(prompts)
+        ids, mask = self._padded(found)
+        return steer_text(
+            method if method is not None else FKSteering(),
+            self.model,
+            ids,
+            verifier,
+            mask_id=self.mask_id,
+            length=gen_length,
+            schedule=schedule,
+            temperature=temperature,
+            suppressed=suppressed,
+            block_length=geometry.block_length,
+            aligned=geometry.aligned,
+            prompt_mask=mask,
+            eos_id=self.eos_id,
+            completions=completions,
+            decode=lambda answers: [self._text(row) for row in answers.tolist()],
+            prompts=[self.tokenizer.decode(row, skip_special_tokens=True) for row in found],
+            budget=budget,
+            seed=seed,
+            micro_batch=micro_batch,
+        )
+
     def _voted(
         self,
         rows: list[list[int]],
@@ -323,10 +388,8 @@ class TextPipeline:
         length: int,
         seeds: Sequence[int],
     ) -> Votes:
-        longest, model = max(map(len, rows)), self.model
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self._device)
-        mask = torch.arange(longest, device=ids.device) >= torch.tensor([longest - len(row) for row in rows], device=ids.device)[:, None]
-        logits_fn: LogitsFn = model
+        ids, mask = self._padded(rows)
+        logits_fn: LogitsFn = self.model
         return experts.decode(
             logits_fn,
             ids,
@@ -388,6 +451,13 @@ class TextPipeline:
         if isinstance(prompt, list | tuple) and all(type(token) is int and token >= 0 for token in prompt):
             return list(prompt)
         raise ValueError(f"prompts must be texts, messages of a chat (role and content), or token ids, not {prompt!r}")
+
+    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids [N, n] padded on the left, and a mask [N, n] that is False at the padding."""
+        longest = max(map(len, rows))
+        missing = torch.tensor([longest - len(row) for row in rows], device=self._device)
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=self._device)
+        return ids, torch.arange(longest, device=ids.device) >= missing[:, None]
 
     @staticmethod
     def _check_length(gen_length: int, block_length: int) -> None:

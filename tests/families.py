@@ -351,6 +351,58 @@ def lumina2_pipeline(scheduler: Any = None) -> Ready:
     return _quiet(pipe), {**call, **_SHORT}
 
 
+def _unet(**options: Any) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return _ready(UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2, norm_num_groups=2, **options,
+    ))  # fmt: skip
+
+
+def sd_pipeline(scheduler: Any = None) -> Ready:
+    """Stable Diffusion 1: a UNet, guidance in one batch."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=_unet(), scheduler=scheduler or DDIMScheduler(clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 16),
+        "negative_prompt_embeds": _randn(101, 1, 5, 16),
+        "latents": _randn(1, 1, 4, 8, 8),
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 4.0,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
+def sdxl_pipeline(scheduler: Any = None) -> Ready:
+    """Stable Diffusion XL: sizes and pooled text beside the timestep."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    unet = _unet(addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 12)
+    pipe = StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=unet,
+        scheduler=scheduler or EulerDiscreteScheduler(), add_watermarker=False,
+    )  # fmt: skip
+    call = {
+        "prompt_embeds": _randn(100, 1, 5, 16),
+        "negative_prompt_embeds": _randn(101, 1, 5, 16),
+        "pooled_prompt_embeds": _randn(102, 1, 12),
+        "negative_pooled_prompt_embeds": _randn(103, 1, 12),
+        "latents": _randn(1, 1, 4, 8, 8),
+        "height": 64,
+        "width": 64,
+        "guidance_scale": 4.0,
+    }
+    return _quiet(pipe), {**call, **_SHORT}
+
+
 _SHORT = {"num_inference_steps": 6, "output_type": "latent", "return_dict": False}
 
 
@@ -363,6 +415,9 @@ PIPELINES: dict[str, Callable[..., Ready]] = {
     "pixart": pixart_pipeline, "sd3": sd3_pipeline, "flux": flux_pipeline, "flux_control": flux_control_pipeline,
     "wan": wan_pipeline, "lumina2": lumina2_pipeline,
 }  # fmt: skip
+
+
+UNETS: dict[str, Callable[..., Ready]] = {"sd": sd_pipeline, "sdxl": sdxl_pipeline}
 
 
 def run(target: Any, call: dict[str, Any], **changes: Any) -> torch.Tensor:

@@ -155,8 +155,8 @@ class Branches:
         """Lets the conditioning follow the samples; it is recognised in its old order as well, where the pipeline does not permute it."""
         for seen in self._seen.values():
             for given in seen.given.values():
-                if given.tensor.shape[0] == batch:
-                    latest = given.tensor if given.permuted is None else given.permuted
+                latest = given.tensor if given.permuted is None else given.permuted
+                if latest.shape[0] == batch:
                     given.permuted = latest.index_select(0, rows.to(latest.device))
                     given.constant = False
 

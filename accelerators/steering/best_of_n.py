@@ -36,6 +36,10 @@ class BestOfN:
     def __str__(self) -> str:
         return f"best of {self.candidates}"
 
+    @property
+    def needs_noise(self) -> bool:
+        return False
+
     def begin(self, run: Run) -> BestOfNPopulation:
         """The controller of one run; see `SteeringMethod`."""
         return BestOfNPopulation(self, run)

@@ -37,6 +37,7 @@ class Run:
         stochastic: Whether the sampler draws noise at its steps.
         rows_per_step: Denoiser rows of a particle's step: 2 under batched guidance.
         verifiers: Verifiers that score each image.
+        reward_std: Standard deviation of the reward over samples of a prompt, as far as the verifier knows.
     """
 
     prompts: int
@@ -46,6 +47,7 @@ class Run:
     stochastic: bool = True
     rows_per_step: int = 1
     verifiers: int = 1
+    reward_std: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("prompts", "steps", "rows_per_step", "verifiers"):
@@ -98,6 +100,11 @@ class Selection:
 
 class SteeringMethod(Protocol):
     """The settings of a method."""
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether it copies particles, which part only where the sampler draws noise."""
+        ...
 
     def begin(self, run: Run) -> Population:
         """The controller of one run.
@@ -189,8 +196,9 @@ class Population(ABC):
         return False
 
     def decide(self, step: int) -> StepAction:
-        """The answer to `self.rewards`, which are those of this step."""
-        raise NotImplementedError(f"{type(self).__name__} schedules no step")
+        """The answer to `self.rewards`, which are those of this step. Unless a method says more, they are written into the lineage and
+        nothing changes."""
+        return StepAction()
 
     def choose(self, rewards: Tensor) -> tuple[list[list[int]], Tensor]:
         """For every prompt the particles to return, best first, and the weights [P, K]: even ones unless a method has others."""

@@ -42,7 +42,8 @@ class FKSteering:
             lambda.
         lambda_: How strongly the reward tilts, for each `reward_std` of it. The paper takes 10 with ImageReward and plain resampling; 4
             of a reward's standard deviations is ours.
-        reward_std: Standard deviation of the reward over plain samples of a prompt; 1 takes rewards as they are.
+        reward_std: Standard deviation of the reward over plain samples of a prompt; 1 takes rewards as they are, None what the verifier
+            says of itself (its attribute `spread`), and 1 if it says nothing.
         start, end, every: Scored steps, as fractions of all steps from the noisiest on; 0.2, 0.8 and 0.2 are steps 20, 40, 60 and 80 of
             100, the paper's. Earlier estimates are too blurred to be judged. The finished samples are scored in any case.
         resampling: "systematic", "ssp", "residual", "stratified" or "multinomial" (the paper's, which loses most particles).
@@ -56,7 +57,7 @@ class FKSteering:
     particles: int = 4
     potential: str = "difference"
     lambda_: float = 4.0
-    reward_std: float = 1.0
+    reward_std: float | None = None
     start: float = 0.2
     end: float = 0.8
     every: float = 0.2
@@ -71,8 +72,8 @@ class FKSteering:
             raise ValueError(f"potential must be one of {', '.join(POTENTIALS)}, not {self.potential!r}")
         if not 0 <= self.lambda_ < float("inf"):
             raise ValueError(f"lambda_ must be at least 0 and finite, not {self.lambda_!r}")
-        if not 0 < self.reward_std < float("inf"):
-            raise ValueError(f"reward_std must be above 0 and finite, not {self.reward_std!r}")
+        if self.reward_std is not None and not 0 < self.reward_std < float("inf"):
+            raise ValueError(f"reward_std must be above 0 and finite, or None, not {self.reward_std!r}")
         if not 0 <= self.start <= self.end <= 1:
             raise ValueError(f"start and end must be fractions with 0 <= start <= end <= 1, not {self.start!r} and {self.end!r}")
         if not 0 < self.every <= 1:
@@ -86,6 +87,10 @@ class FKSteering:
 
     def __str__(self) -> str:
         return f"FK steering K={self.particles} {self.potential} lambda={self.lambda_:g} {self.resampling}"
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.particles > 1
 
     def begin(self, run: Run) -> FKPopulation:
         """The controller of one run; see `SteeringMethod`."""
@@ -102,7 +107,7 @@ class FKPopulation(Population):
         if settings.particles > 1:
             require_noise(run, "FKSteering")
         super().__init__(run, settings.particles, str(settings), settings.select)
-        self.strength = settings.lambda_ / settings.reward_std
+        self.strength = settings.lambda_ / (run.reward_std if settings.reward_std is None else settings.reward_std)
         shape = self.alive.shape
         self.log_weights = torch.zeros(shape, dtype=torch.float64)
         self.previous = torch.zeros(shape, dtype=torch.float64)

@@ -35,6 +35,9 @@ class Scorer:
         prompts: Of all P prompts.
         meter: Is charged before anything is done.
         micro_batch: Rows at a time; None for all.
+
+    Attributes:
+        watch: Is given the images of every micro-batch, where it is set.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Scorer:
         micro_batch: int | None = None,
     ) -> None:
         self.panel, self.prompts, self.meter, self.decode = Panel(as_verifier(verifier)), prompts, meter, decode
+        self.watch: Callable[[Tensor], None] | None = None
         self.micro_batch = checked_micro_batch(micro_batch)
 
     def scores(self, latents: Tensor, owners: Tensor) -> Tensor:
@@ -56,6 +60,8 @@ class Scorer:
             for rows in micro_batches(len(latents), self.micro_batch):
                 with self.meter.timing("decode"):
                     images = latents[rows] if self.decode is None else self.decode(latents[rows])
+                if self.watch is not None:
+                    self.watch(images)
                 with self.meter.timing("verify"):
                     found.append(self.panel.scores(images, [self.prompts[int(p)] for p in owners[rows]]).to("cpu", torch.float64))
         return torch.cat(found)
@@ -131,7 +137,7 @@ def steer(
     probe = torch.zeros(1, *shape)
     # The last step of many kernels draws nothing, so it is the first that tells.
     stochastic = kernel(probe, probe, schedule[0], schedule[1]).std > 0
-    controller = method.begin(Run(len(prompts), steps, meter, seed, stochastic, rows_per_step, scorer.panel.calls))
+    controller = method.begin(Run(len(prompts), steps, meter, seed, stochastic, rows_per_step, scorer.panel.calls, scorer.panel.reward_std))
     particles = controller.particles
     streams = NoiseStreams(seed, len(prompts), particles)
     owners = torch.arange(len(prompts)).repeat_interleave(particles)

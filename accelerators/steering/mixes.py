@@ -227,6 +227,11 @@ class Panel:
             return 1
         return sum(Panel(verifier).calls for verifier in self.verifier.verifiers)
 
+    @property
+    def reward_std(self) -> float:
+        """Standard deviation of the value over samples of a prompt: what a single verifier says of itself in `spread`; else 1."""
+        return float(getattr(self.verifier, "spread", 1.0))
+
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Raw scores [N, size]."""
         if isinstance(self.verifier, Mix):

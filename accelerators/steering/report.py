@@ -14,6 +14,7 @@ from hasten.accelerators.steering.budget import COUNTED, Meter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOT = -1
 """The parent of a node that has none."""
@@ -105,6 +106,7 @@ class SearchReport:
         meter: What was spent, of what budget.
         facts: What the method has to tell: particles, schedule, effective sample sizes.
         warnings: What was not done as asked, and why.
+        pictures: uint8 [H, W, 3] of nodes, by their number, where they were asked for.
     """
 
     method: str
@@ -113,6 +115,7 @@ class SearchReport:
     meter: Meter
     facts: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    pictures: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def rewards(self) -> list[float]:
@@ -233,6 +236,46 @@ class SearchReport:
         axes.set_ylabel("reward")
         axes.set_title(title or self.method, fontsize=9)
         return _written(axes, target)
+
+    def plot_gallery(self, target: str | os.PathLike[str] | None = None, prompt: int = 0, title: str | None = None) -> Figure:
+        """Draws what the candidates of one prompt looked like: a column for each stage, a row for each candidate, with their rewards; those
+        on the lines that lead to what was returned are framed.
+
+        Args:
+            target: A file to write (PNG, SVG, PDF), or None.
+            prompt, title: As for `plot_lineage`.
+
+        Raises:
+            ValueError: No pictures were kept.
+        """
+        from matplotlib.figure import Figure
+
+        nodes = self.lineage.nodes
+        shown = [i for i in self.pictures if nodes[i].prompt == prompt]
+        if not shown:
+            raise ValueError("no pictures were kept of this prompt; ask for them (keep_pictures=True) before the run")
+        stages = sorted({nodes[i].stage for i in shown})
+        tall = max(nodes[i].slot for i in shown) + 1
+        figure = Figure(figsize=(1.25 * len(stages) + 0.4, 1.4 * tall + 0.5), layout="constrained")
+        grid = figure.subplots(tall, len(stages), squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        kept = self.survivors[prompt]
+        for i in shown:
+            axes = grid[nodes[i].slot, stages.index(nodes[i].stage)]
+            axes.axis("on")
+            axes.imshow(self.pictures[i])
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_edgecolor("#1f5fa8" if i in kept else "#d0d0d0")
+                spine.set_linewidth(2.5 if i in kept else 0.6)
+            step = f"step {nodes[i].stage}: " if nodes[i].slot == 0 else ""
+            axes.set_title(f"{step}{nodes[i].reward:.2f}", fontsize=7, pad=2)
+        figure.suptitle(title or self.method, fontsize=9)
+        if target is not None:
+            figure.savefig(target, dpi=120)
+        return figure
 
 
 def _axes(target: str | os.PathLike[str] | Axes | None, size: tuple[float, float]) -> Axes:

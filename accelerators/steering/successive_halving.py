@@ -44,6 +44,10 @@ class SuccessiveHalving:
     def __str__(self) -> str:
         return f"successive halving {self.candidates}, " + ", ".join(f"{keep} at {fraction:.0%}" for fraction, keep in self.rungs)
 
+    @property
+    def needs_noise(self) -> bool:
+        return False
+
     def begin(self, run: Run) -> HalvingPopulation:
         """The controller of one run; see `SteeringMethod`.
 

@@ -39,6 +39,10 @@ class SVDD:
     def __str__(self) -> str:
         return f"SVDD M={self.children}" + ("" if self.temperature is None else f" temperature={self.temperature:g}")
 
+    @property
+    def needs_noise(self) -> bool:
+        return self.children > 1
+
     def begin(self, run: Run) -> BlockPopulation:
         """The controller of one run; see `SteeringMethod`."""
         return BlockPopulation(self.children, 1, self.temperature, run, str(self), "SVDD")
@@ -68,6 +72,10 @@ class CoDe:
 
     def __str__(self) -> str:
         return f"CoDe M={self.branches} L={self.block}" + ("" if self.temperature is None else f" temperature={self.temperature:g}")
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.branches > 1
 
     def begin(self, run: Run) -> BlockPopulation:
         """The controller of one run; see `SteeringMethod`."""

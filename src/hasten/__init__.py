@@ -39,6 +39,22 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.trace import Trace
     from hasten.accelerators.decoding.freedave import FreeDave
     from hasten.accelerators.decoding.wino import WINO
+    from hasten.accelerators.search.carinox import CARINOX
+    from hasten.accelerators.search.paths import SearchOverPaths
+    from hasten.accelerators.search.random_search import RandomSearch
+    from hasten.accelerators.search.reno import ReNO
+    from hasten.accelerators.search.rollover import RolloverBudget
+    from hasten.accelerators.search.zero_order import ZeroOrder
+    from hasten.accelerators.steering.best_of_n import BestOfN
+    from hasten.accelerators.steering.budget import Budget, BudgetError
+    from hasten.accelerators.steering.controller import SteeringError
+    from hasten.accelerators.steering.fk import FKSteering
+    from hasten.accelerators.steering.mixes import CategoryMix, MeanRank, WeightedSum
+    from hasten.accelerators.steering.pretrained import Aesthetic, CLIPScore, HPSv2, ImageReward, PickScore, VQAScore
+    from hasten.accelerators.steering.report import SearchReport
+    from hasten.accelerators.steering.successive_halving import SuccessiveHalving
+    from hasten.accelerators.steering.svdd import SVDD, CoDe
+    from hasten.accelerators.steering.verifiers import Brightness, ColourTarget, JPEGSize, Sharpness
     from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate, explain, trace
     from hasten.pipelines.calibration import calibrate
     from hasten.pipelines.decoding_schedulers import (
@@ -55,49 +71,115 @@ if TYPE_CHECKING:
         ThresholdDecoding,
     )
     from hasten.pipelines.planning import plan
+    from hasten.pipelines.searching import SearchedPipeline, search
+    from hasten.pipelines.steering import SteeredPipeline, steer
     from hasten.pipelines.text import TextPipeline
 
 __all__ = [
     "BAC",
+    "CARINOX",
     "FORA",
+    "SVDD",
     "WINO",
     "AcceleratedPipeline",
     "Action",
+    "Aesthetic",
+    "BestOfN",
+    "Brightness",
+    "Budget",
+    "BudgetError",
     "CCDDecoding",
+    "CLIPScore",
     "CacheQuant",
+    "CategoryMix",
+    "CoDe",
+    "ColourTarget",
     "CreditDecoding",
     "DeepCache",
     "DeltaDiT",
     "EditingDecoding",
     "EntropyBoundDecoding",
+    "FKSteering",
     "FactorDecoding",
     "FirstBlock",
     "Forecast",
     "FreeDave",
+    "HPSv2",
     "HierarchicalDecoding",
+    "ImageReward",
+    "JPEGSize",
     "KLASSDecoding",
     "MagCache",
+    "MeanRank",
+    "PickScore",
     "Plan",
     "PlanError",
     "RCRDecoding",
+    "RandomSearch",
+    "ReNO",
+    "RolloverBudget",
     "RunReport",
     "SaberDecoding",
+    "SearchOverPaths",
+    "SearchReport",
+    "SearchedPipeline",
+    "Sharpness",
     "SkipGuidance",
     "StaticDecoding",
+    "SteeredPipeline",
+    "SteeringError",
+    "SuccessiveHalving",
     "TeaCache",
     "TextPipeline",
     "ThresholdDecoding",
     "Trace",
+    "VQAScore",
+    "WeightedSum",
+    "ZeroOrder",
     "__version__",
     "accelerate",
     "attach",
     "calibrate",
     "explain",
     "plan",
+    "search",
+    "steer",
     "trace",
 ]
 
 _HOME = {
+    "CARINOX": "hasten.accelerators.search.carinox",
+    "SearchOverPaths": "hasten.accelerators.search.paths",
+    "RandomSearch": "hasten.accelerators.search.random_search",
+    "ReNO": "hasten.accelerators.search.reno",
+    "RolloverBudget": "hasten.accelerators.search.rollover",
+    "ZeroOrder": "hasten.accelerators.search.zero_order",
+    "BestOfN": "hasten.accelerators.steering.best_of_n",
+    "Budget": "hasten.accelerators.steering.budget",
+    "BudgetError": "hasten.accelerators.steering.budget",
+    "SteeringError": "hasten.accelerators.steering.controller",
+    "FKSteering": "hasten.accelerators.steering.fk",
+    "CategoryMix": "hasten.accelerators.steering.mixes",
+    "MeanRank": "hasten.accelerators.steering.mixes",
+    "WeightedSum": "hasten.accelerators.steering.mixes",
+    "Aesthetic": "hasten.accelerators.steering.pretrained",
+    "CLIPScore": "hasten.accelerators.steering.pretrained",
+    "HPSv2": "hasten.accelerators.steering.pretrained",
+    "ImageReward": "hasten.accelerators.steering.pretrained",
+    "PickScore": "hasten.accelerators.steering.pretrained",
+    "VQAScore": "hasten.accelerators.steering.pretrained",
+    "SearchReport": "hasten.accelerators.steering.report",
+    "SuccessiveHalving": "hasten.accelerators.steering.successive_halving",
+    "SVDD": "hasten.accelerators.steering.svdd",
+    "CoDe": "hasten.accelerators.steering.svdd",
+    "Brightness": "hasten.accelerators.steering.verifiers",
+    "ColourTarget": "hasten.accelerators.steering.verifiers",
+    "JPEGSize": "hasten.accelerators.steering.verifiers",
+    "Sharpness": "hasten.accelerators.steering.verifiers",
+    "SearchedPipeline": "hasten.pipelines.searching",
+    "search": "hasten.pipelines.searching",
+    "SteeredPipeline": "hasten.pipelines.steering",
+    "steer": "hasten.pipelines.steering",
     "CCDDecoding": "hasten.pipelines.decoding_schedulers",
     "CreditDecoding": "hasten.pipelines.decoding_schedulers",
     "EditingDecoding": "hasten.pipelines.decoding_schedulers",

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,30 @@ SIZE_ERROR = 1.0
 RELATION_OFFSET = 4.0
 """Pixels by which two centres must differ in the direction that the caption names."""
 
+
+@dataclass(frozen=True)
+class Tolerance:
+    """By how much a measured picture may differ from what its caption says.
+
+    Attributes:
+        colour_error, colour_share, shape_fit, shape_margin, size_error, relation_offset, stray_area: See the constants of these names.
+    """
+
+    colour_error: float = COLOUR_ERROR
+    colour_share: float = COLOUR_SHARE
+    shape_fit: float = SHAPE_FIT
+    shape_margin: float = SHAPE_MARGIN
+    size_error: float = SIZE_ERROR
+    relation_offset: float = RELATION_OFFSET
+    stray_area: float = STRAY_AREA
+
+
+EXACT = Tolerance()
+BLURRED = Tolerance(
+    colour_error=0.25, colour_share=0.7, shape_fit=0.8, shape_margin=0.03, size_error=2.0, relation_offset=2.0, stray_area=80
+)
+"""For estimates of a clean picture in the middle of sampling: soft edges, washed-out colours, ghosts that have yet to go."""
+
 _SLOTS = MAX_OBJECTS + 1
 _WINDOW = 32
 _AREA = (math.pi, 3.24, 2.0, 2.3616)
@@ -106,16 +131,18 @@ class Findings:
     """[N, 4] half the extent in pixels, were it exactly that shape."""
     centre: Tensor
     """[N, 4, 2] x, y of the box's centre in pixels."""
+    tolerance: Tolerance = EXACT
+    """What counts as one of the shapes, colours and sizes."""
 
     @property
     def colour_ok(self) -> Tensor:
         """[N, 4] bool: one palette colour throughout."""
-        return (self.colour_error <= COLOUR_ERROR) & (self.colour_share >= COLOUR_SHARE)
+        return (self.colour_error <= self.tolerance.colour_error) & (self.colour_share >= self.tolerance.colour_share)
 
     @property
     def shape_ok(self) -> Tensor:
         """[N, 4] bool: clearly one of the shapes."""
-        return (self.shape_fit >= SHAPE_FIT) & (self.shape_margin >= SHAPE_MARGIN)
+        return (self.shape_fit >= self.tolerance.shape_fit) & (self.shape_margin >= self.tolerance.shape_margin)
 
     @property
     def size(self) -> Tensor:
@@ -125,31 +152,33 @@ class Findings:
     @property
     def size_ok(self) -> Tensor:
         """[N, 4] bool: near enough to one of the two sizes."""
-        return (self.radius - torch.tensor(RADIUS)[self.size]).abs() <= SIZE_ERROR
+        return (self.radius - torch.tensor(RADIUS)[self.size]).abs() <= self.tolerance.size_error
 
     @property
     def clean(self) -> Tensor:
         """[N] bool: no debris, no ghost, nothing too large."""
-        return ~self.oversized & (self.stray <= STRAY_AREA)
+        return ~self.oversized & (self.stray <= self.tolerance.stray_area)
 
     def describe(self, picture: int, slot: int) -> str:
         """Piece `slot` of a picture in words, with its place and whatever is odd about it."""
         shape, colour, size = (int(index[picture, slot]) for index in (self.shape, self.colour, self.size))
         x, y = self.centre[picture, slot].tolist()
         text = f"{Thing(SHAPES[shape], COLOURS[colour], SIZES[size])} at ({x:.0f}, {y:.0f})"
-        odd = []
+        odd, least = [], self.tolerance
         if not self.colour_ok[picture, slot]:
             odd.append(
-                f"colour off the palette: {self.colour_error[picture, slot]:.2f} from {COLOURS[colour]} (at most {COLOUR_ERROR}), "
-                f"{self.colour_share[picture, slot]:.0%} of it {COLOURS[colour]} (at least {COLOUR_SHARE:.0%})"
+                f"colour off the palette: {self.colour_error[picture, slot]:.2f} from {COLOURS[colour]} (at most {least.colour_error}), "
+                f"{self.colour_share[picture, slot]:.0%} of it {COLOURS[colour]} (at least {least.colour_share:.0%})"
             )
         if not self.shape_ok[picture, slot]:
             odd.append(
-                f"no clear shape: overlap with a {SHAPES[shape]} {self.shape_fit[picture, slot]:.2f} (at least {SHAPE_FIT}), "
-                f"lead over the next {self.shape_margin[picture, slot]:.2f} (at least {SHAPE_MARGIN})"
+                f"no clear shape: overlap with a {SHAPES[shape]} {self.shape_fit[picture, slot]:.2f} (at least {least.shape_fit}), "
+                f"lead over the next {self.shape_margin[picture, slot]:.2f} (at least {least.shape_margin})"
             )
         if not self.size_ok[picture, slot]:
-            odd.append(f"neither size: radius {self.radius[picture, slot]:.1f}, not within {SIZE_ERROR} of {RADIUS[0]:g} or {RADIUS[1]:g}")
+            odd.append(
+                f"neither size: radius {self.radius[picture, slot]:.1f}, not within {least.size_error} of {RADIUS[0]:g} or {RADIUS[1]:g}"
+            )
         return f"{text} ({'; '.join(odd)})" if odd else text
 
 
@@ -173,6 +202,8 @@ class ShapesVerdict:
     """Every relation holds between the objects' centres; true where the caption has none."""
     correct: Tensor
     """All of the above."""
+    share: Tensor
+    """[N] float: how much of all that is asked is there, in [0, 1]: number of objects, every object's colour, shape and size, relations."""
     asked: Tensor
     """[N] objects that the caption names."""
     assigned: Tensor
@@ -211,8 +242,8 @@ class ShapesVerdict:
             wrong = f"{int(self.asked[i])} asked for, {int(found.count[i])} found"
             if found.oversized[i]:
                 wrong += f", one larger than any object ({PIECE_AREA[1]} pixels)"
-            if found.stray[i] > STRAY_AREA:
-                wrong += f", {int(found.stray[i])} stray pixels that belong to none (at most {STRAY_AREA})"
+            if found.stray[i] > found.tolerance.stray_area:
+                wrong += f", {int(found.stray[i])} stray pixels that belong to none (at most {found.tolerance.stray_area:g})"
             lines.append(f"objects: {wrong}")
         taken = self.assigned[i].tolist()
         for thing, slot in zip(caption.things, taken, strict=False):
@@ -232,13 +263,13 @@ class ShapesVerdict:
         for relation, thing, slot in zip(caption.relations, caption.things[1:], taken[1:], strict=False):
             if slot >= 0 and taken[0] >= 0:
                 x, y = (found.centre[i, taken[0]] - found.centre[i, slot]).tolist()
-                if _along(torch.tensor([x, y]), torch.tensor(RELATIONS.index(relation))) < RELATION_OFFSET:
+                if _along(torch.tensor([x, y]), torch.tensor(RELATIONS.index(relation))) < found.tolerance.relation_offset:
                     lines.append(f"relation: {caption.things[0]} is not {relation} {thing}, from which it lies ({x:+.0f}, {y:+.0f}) away")
         lines.append("verdict: " + ("correct" if self.correct[i] else "wrong"))
         return "\n".join(lines)
 
 
-def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 32) -> ShapesVerdict:
+def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 32, tolerance: Tolerance = EXACT) -> ShapesVerdict:
     """Judges pictures of the shapes world.
 
     Args:
@@ -246,6 +277,7 @@ def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 32
             tensors and arrays without their first axis. A picture with a value that is not finite is judged as wrong.
         captions: What each should show, N of them.
         batch: Pictures measured at a time; 32 stay in a core's cache, which makes it the fastest.
+        tolerance: How exact the pictures must be.
 
     Raises:
         ValueError: Wrong shape or range, not one caption for each picture, or a caption that is none of this world.
@@ -256,7 +288,7 @@ def verify(images: Images, captions: Sequence[str | Caption], *, batch: int = 32
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     parsed = tuple(parse(caption) if isinstance(caption, str) else caption for caption in captions)
-    return _judge(_find(pictures, batch), parsed)
+    return _judge(replace(_find(pictures, batch), tolerance=tolerance), parsed)
 
 
 def find(images: Images, *, batch: int = 32) -> Findings:
@@ -309,7 +341,9 @@ def _one(image: Tensor | NDArray[np.generic] | Image.Image) -> Tensor | NDArray[
 
 def _find(pictures: Tensor, batch: int) -> Findings:
     parts = [_find_chunk(chunk) for chunk in pictures.split(batch)]
-    return Findings(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Findings)})
+    names = [field.name for field in fields(Findings) if field.name != "tolerance"]
+    whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Findings(**whole)
 
 
 def _find_chunk(pictures: Tensor) -> Findings:
@@ -340,12 +374,8 @@ def _find_chunk(pictures: Tensor) -> Findings:
         out[row, slot] = values
         return out
 
-    return Findings(
-        count=is_piece.sum(1),
-        oversized=(area > PIECE_AREA[1]).any(1),
-        stray=stray,
-        **{name: slots(values) for name, values in measured.items()},
-    )
+    each: dict[str, Any] = {name: slots(values) for name, values in measured.items()}
+    return Findings(count=is_piece.sum(1), oversized=(area > PIECE_AREA[1]).any(1), stray=stray, **each)
 
 
 def _tone(pictures: Tensor) -> Tensor:
@@ -498,25 +528,28 @@ def _judge(found: Findings, captions: tuple[Caption, ...]) -> ShapesVerdict:
     is_shape = found.shape[:, ways] == wanted[:, None, :, 1]
     is_size = (found.size[:, ways] == wanted[:, None, :, 2]) | (wanted[:, None, :, 2] < 0)
     centre = found.centre[:, ways]
-    holds = _along(centre[:, :, :1] - centre[:, :, 1:], relation[:, None]) >= RELATION_OFFSET
+    holds = _along(centre[:, :, :1] - centre[:, :, 1:], relation[:, None]) >= found.tolerance.relation_offset
     holds &= there[..., :1] & there[..., 1:]
     agreement = ((1 + is_colour + is_shape + 0.5 * is_size) * there).sum(2) + 0.1 * holds.sum(2)
     best = agreement.argmax(1)
     row = torch.arange(n)
 
-    def all_named(true: Tensor) -> Tensor:
-        return ((true & there)[row, best] | ~exists).all(1)
-
-    verdict = {
-        "objects": (found.count == asked) & found.clean,
-        "colour": all_named(is_colour & found.colour_ok[:, ways]),
-        "shape": all_named(is_shape & found.shape_ok[:, ways]),
-        "size": all_named(is_size & found.size_ok[:, ways]),
-        "relation": (holds[row, best] | ~exists[:, 1:]).all(1),
+    named = {  # [N, 3] of the objects that are asked for
+        "colour": (is_colour & found.colour_ok[:, ways] & there)[row, best],
+        "shape": (is_shape & found.shape_ok[:, ways] & there)[row, best],
+        "size": (is_size & found.size_ok[:, ways] & there)[row, best],
     }
+    related, objects = holds[row, best], (found.count == asked) & found.clean
+    verdict = {
+        "objects": objects,
+        **{name: (true | ~exists).all(1) for name, true in named.items()},
+        "relation": (related | ~exists[:, 1:]).all(1),
+    }
+    true = objects + sum((there & exists).sum(1) for there in named.values()) + (related & exists[:, 1:]).sum(1)
     return ShapesVerdict(
         **verdict,
         correct=torch.stack(list(verdict.values())).all(0),
+        share=true / (1 + 3 * asked + (asked - 1)),
         asked=asked,
         assigned=torch.where(there[row, best], ways[best], -1),
         found=found,

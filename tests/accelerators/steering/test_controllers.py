@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hasten.accelerators.steering.best_of_n import BestOfN
+from hasten.accelerators.steering.best_of_n import BestOfN, BestOfNPopulation
 from hasten.accelerators.steering.budget import Budget, BudgetError, Meter
 from hasten.accelerators.steering.controller import Run, SteeringError, SteeringMethod, StepInfo
 from hasten.accelerators.steering.fk import FKSteering
@@ -24,7 +24,8 @@ from hasten.accelerators.steering.report import ROOT
 from hasten.accelerators.steering.successive_halving import SuccessiveHalving
 from hasten.accelerators.steering.svdd import SVDD, CoDe
 from hasten.accelerators.steering.verifiers import RewardWarning
-from tests.accelerators.steering.mixture import flow_path
+from hasten.benchmarks.mixture import flow_path
+from tests.accelerators.steering.budgets import limits
 
 METHODS: list[SteeringMethod] = [
     BestOfN(5, select="all"),
@@ -97,6 +98,27 @@ def test_best_of_n_is_the_best_of_the_first_n_samples() -> None:
         rows = [(row, sample) for row, sample in zip(eight.selection.rows[0], eight.latents[0], strict=True) if row < n]
         assert torch.equal(best.latents[0][0], max(rows, key=lambda pair: float(pair[1][0]))[1])
     assert plain_cost(eight.report) == (2 * 8 * STEPS, 2 * 8 * STEPS, 16, 16)
+
+
+class Watching(BestOfN):
+    """Asks for rewards and does nothing about them."""
+
+    def begin(self, run: Run) -> BestOfNPopulation:
+        class Watched(BestOfNPopulation):
+            def scheduled(self, step: int) -> bool:
+                return step in (3, 6)
+
+        return Watched(self, run)
+
+
+def test_rewards_that_a_method_only_asks_for_are_written_down_and_change_nothing() -> None:
+    watched, plain = run(Watching(4, select="all")), run(BestOfN(4, select="all"))
+    assert watched.selection.rows == plain.selection.rows
+    assert all(torch.equal(a, b) for a, b in zip(watched.latents, plain.latents, strict=True))
+    nodes = watched.report.lineage.nodes
+    assert Counter(node.stage for node in nodes) == {3: 8, 6: 8, STEPS: 8}
+    assert all(len(watched.report.lineage.ancestry(node)) == 3 for node in watched.report.lineage.at(STEPS))
+    assert watched.report.meter.spent.particle_steps == plain.report.meter.spent.particle_steps
 
 
 def test_successive_halving_costs_the_steps_of_4_4_samples_in_place_of_8() -> None:
@@ -271,15 +293,6 @@ methods = st.one_of(
     st.builds(FKSteering, particles=st.integers(1, 9), ess=st.sampled_from([None, 0.5]), select=st.sampled_from(["best", "all"])),
     st.builds(SVDD, st.integers(1, 6)),
     st.builds(CoDe, st.integers(1, 6), st.integers(1, 12)),
-)
-limits = st.fixed_dictionaries(
-    {},
-    optional={
-        "particle_steps": st.integers(1, 300),
-        "denoiser_rows": st.integers(1, 600),
-        "decodes": st.integers(1, 80),
-        "verifier_rows": st.integers(1, 160),
-    },
 )
 
 

@@ -16,7 +16,7 @@ from hasten.accelerators.steering.controller import Population, Run, SteeringErr
 from hasten.accelerators.steering.fk import POTENTIALS, FKSteering
 from hasten.accelerators.steering.kernels import ddim_eta
 from hasten.accelerators.steering.loop import steer
-from tests.accelerators.steering.mixture import denoised, flow_path, reward, steered, tilted, vp_path
+from hasten.benchmarks.mixture import ORACLES, denoised, flow_path, moments, reward, steered, tilted, vp_path
 
 NOTHING = torch.zeros(0)
 
@@ -31,26 +31,9 @@ def population(method: FKSteering, rewards: list[list[float]], prompts: int = 1)
     return controller, maps
 
 
-# With more scorings the weights of all but the difference vary so much that 50,000 particles do not suffice.
-ORACLES = {
-    "difference": (FKSteering(potential="difference", ess=None), 1.0),
-    "difference, adaptive": (FKSteering(potential="difference", ess=0.7), 1.0),
-    "max": (FKSteering(potential="max", start=0.6, ess=None), 1.0),
-    "max, adaptive": (FKSteering(potential="max", start=0.6, resampling="ssp"), 1.0),
-    "current": (FKSteering(potential="current", start=0.6, ess=None, resampling="stratified"), 1.0),
-    "current, adaptive": (FKSteering(potential="current", start=0.6), 1.0),
-    "sum": (FKSteering(potential="sum", start=0.6, ess=None, resampling="residual"), 0.5),
-    "sum, adaptive": (FKSteering(potential="sum", start=0.6), 1.0),
-    "difference, lambda 3": (FKSteering(potential="difference", resampling="multinomial", ess=None), 3.0),
-}
-
-
 @pytest.mark.parametrize(("method", "strength"), ORACLES.values(), ids=list(ORACLES))
 def test_the_weighted_population_has_the_tilted_moments(method: FKSteering, strength: float) -> None:
-    settings_ = {**method.__dict__, "particles": 50_000, "lambda_": strength}
-    x, weights, controller = steered(FKSteering(**settings_), vp_path(100))
-    mean = float((weights * x).sum())
-    variance = float((weights * (x - mean) ** 2).sum())
+    mean, variance, controller = moments(method, strength, 50_000)
     wanted_mean, wanted_variance, _ = tilted(strength)
     assert mean == pytest.approx(wanted_mean, abs=0.03)
     assert variance == pytest.approx(wanted_variance, abs=0.06)
@@ -65,6 +48,8 @@ def test_reward_std_is_the_unit_of_lambda() -> None:
         steered(FKSteering(particles=2_000, lambda_=lambda_, reward_std=std), vp_path(20))[1] for lambda_, std in ((1.5, 0.5), (3.0, 1.0))
     ]
     torch.testing.assert_close(*halves)
+    run = Run(prompts=1, steps=10, reward_std=0.25)
+    assert FKSteering(lambda_=2.0).begin(run).strength == 8.0 and FKSteering(lambda_=2.0, reward_std=1.0).begin(run).strength == 2.0
 
 
 scores = st.lists(st.floats(-50, 50), min_size=3, max_size=3)
@@ -212,7 +197,7 @@ def test_a_sampler_that_draws_no_noise_is_refused() -> None:
         ({"potential": "rt"}, "potential must be one of difference, max, sum, current, not 'rt'"),
         ({"lambda_": -1.0}, "lambda_ must be at least 0 and finite, not -1.0"),
         ({"lambda_": math.nan}, "lambda_ must be at least 0 and finite, not nan"),
-        ({"reward_std": 0.0}, "reward_std must be above 0 and finite, not 0.0"),
+        ({"reward_std": 0.0}, "reward_std must be above 0 and finite, or None, not 0.0"),
         ({"start": 0.9}, "0 <= start <= end <= 1, not 0.9 and 0.8"),
         ({"every": 0.0}, "every must be a fraction above 0 and at most 1, not 0.0"),
         ({"resampling": "random"}, "resampling must be one of multinomial, residual, stratified, systematic, ssp, not 'random'"),

@@ -10,7 +10,7 @@ import torch
 
 from hasten.accelerators.steering.kernels import Kernel, add_noise, ddim_eta, full_renoise, linear_sde
 from hasten.accelerators.steering.levels import AlphaSigma, NoisePath
-from tests.accelerators.steering.mixture import MEAN, VARIANCE, flow_path, sampled, tilted, vp_path
+from hasten.benchmarks.mixture import MEAN, VARIANCE, flow_path, sampled, tilted, vp_path
 
 KERNELS = {
     "eta 1": ddim_eta,

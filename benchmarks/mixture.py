@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hasten.accelerators.steering.budget import Meter
 from hasten.accelerators.steering.controller import Population, Run, SteeringMethod, StepInfo
+from hasten.accelerators.steering.fk import FKSteering
 from hasten.accelerators.steering.kernels import Kernel, ddim_eta
 from hasten.accelerators.steering.levels import AlphaSigma
 
@@ -82,3 +84,24 @@ def steered(
         x = kernel(x, x0, now, then).sample(torch.randn(n, 1, generator=generator))
     selection = controller.finish(reward(x))
     return x[:, 0], selection.weights[0], controller
+
+
+# With more scorings the weights of all but the difference vary so much that 50,000 particles do not suffice.
+ORACLES = {
+    "difference": (FKSteering(potential="difference", ess=None), 1.0),
+    "difference, adaptive": (FKSteering(potential="difference", ess=0.7), 1.0),
+    "max": (FKSteering(potential="max", start=0.6, ess=None), 1.0),
+    "max, adaptive": (FKSteering(potential="max", start=0.6, resampling="ssp"), 1.0),
+    "current": (FKSteering(potential="current", start=0.6, ess=None, resampling="stratified"), 1.0),
+    "current, adaptive": (FKSteering(potential="current", start=0.6), 1.0),
+    "sum": (FKSteering(potential="sum", start=0.6, ess=None, resampling="residual"), 0.5),
+    "sum, adaptive": (FKSteering(potential="sum", start=0.6), 1.0),
+    "difference, lambda 3": (FKSteering(potential="difference", resampling="multinomial", ess=None), 3.0),
+}
+
+
+def moments(method: FKSteering, strength: float, particles: int) -> tuple[float, float, Population]:
+    """Mean and variance of a method's weighted population, and the controller."""
+    x, weights, controller = steered(replace(method, particles=particles, lambda_=strength), vp_path(100))
+    mean = float((weights * x).sum())
+    return mean, float((weights * (x - mean) ** 2).sum()), controller

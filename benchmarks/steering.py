@@ -1,0 +1,405 @@
+"""Steering and noise search on `shapes`, judged by its exact verifier, beside best-of-N at equal measured time.
+
+    hasten bench steering
+
+Captions name three objects, where plain sampling is weakest. Every method draws the same captions; best-of-N for all N comes from one pool
+of independent samples.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.accelerators.caching.plan import Plan
+from hasten.accelerators.search.random_search import RandomSearch
+from hasten.accelerators.search.rollover import RolloverBudget
+from hasten.accelerators.search.zero_order import ZeroOrder
+from hasten.accelerators.steering.best_of_n import BestOfN
+from hasten.accelerators.steering.budget import Budget
+from hasten.accelerators.steering.fk import FKSteering
+from hasten.accelerators.steering.kernels import Kernel, ddim_eta, full_renoise, linear_sde
+from hasten.accelerators.steering.successive_halving import SuccessiveHalving
+from hasten.benchmarks.harness import (
+    Bar,
+    Note,
+    Results,
+    command_line,
+    conduct,
+    paired_difference,
+    results_page,
+    run_from_command_line,
+    steady_memory,
+    wilson,
+)
+from hasten.benchmarks.mixture import ORACLES, VARIANCE, flow_path, moments, sampled, tilted, vp_path
+from hasten.benchmarks.steering_page import page, pictures
+from hasten.pipelines.accelerated import accelerate
+from hasten.pipelines.planning import plan
+from hasten.pipelines.searching import search
+from hasten.pipelines.steering import SteeredPipeline, steer
+from hasten.pipelines.zoo.loading import call_defaults, load, path_of
+from hasten.pipelines.zoo.shapes import sample_scenes
+from hasten.pipelines.zoo.shapes.reward import ShapesReward
+
+NAME = "steering"
+STEPS, PARTICLES, OBJECTS = 50, 4, 3
+SEED, NOISE_SEED = 20_261_121, 20_261_122
+LIFT, NEARLY_ALL, POPULATION = 15.0, 0.99, 8.0
+"""The bars: by how many points steering lifts the fully correct rate, or to what; and the rate of all particles."""
+CACHED_TIME, CACHED_POINTS = 0.6, 2.0
+CALIBRATION, PLANNED = 8, 2.2
+"""Captions that the plan is measured on, and the speed-up asked for."""
+FORWARDS, FLOW_STEPS = 200, 20
+MEAN_OFF, VARIANCE_OFF, KERNEL_OFF = 0.03, 0.06, 0.06
+FULL: dict[str, Any] = {"captions": 56, "pool": 4, "searched": 12, "chains": 12, "particles": 50_000}
+QUICK: dict[str, Any] = {"captions": 8, "pool": 4, "searched": 2, "chains": 2, "particles": 50_000}
+CHUNK = 8
+"""Captions of a call."""
+
+
+@dataclass
+class Drawn:
+    """What a method made of some captions.
+
+    Attributes:
+        right: [P, K] whether each sample is right, of all that were returned, in the order of their rows.
+        rewards: [P, K] of them.
+        seconds: Of denoising, decoding and verifying, and of the whole call, in all.
+        steps: Denoiser calls times particles.
+    """
+
+    right: Tensor
+    rewards: Tensor
+    seconds: dict[str, float]
+    steps: int
+
+    @property
+    def best(self) -> list[bool]:
+        """Whether the sample of the greatest reward is right."""
+        return self.right.gather(1, self.rewards.argmax(1, keepdim=True))[:, 0].tolist()
+
+    def first(self, count: int) -> Drawn:
+        """Of independent samples: so many of each caption alone."""
+        share = count / self.right.shape[1]
+        seconds = {phase: share * spent for phase, spent in self.seconds.items()}
+        return Drawn(self.right[:, :count], self.rewards[:, :count], seconds, round(share * self.steps))
+
+    def per_caption(self, phase: str = "whole") -> float:
+        """Seconds."""
+        return self.seconds[phase] / len(self.right)
+
+
+@dataclass
+class Bench:
+    """A pipeline that draws captions of three objects.
+
+    Args:
+        name: Of a model that ships.
+        steps: Of a full run.
+    """
+
+    name: str = "shapes"
+    steps: int = STEPS
+    pipe: Any = field(init=False)
+    call: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pipe = load(self.name, torch.bfloat16)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.call = {**call_defaults(path_of(self.name)), "num_inference_steps": self.steps, "output_type": "latent"}
+        if "use_resolution_binning" in inspect.signature(self.pipe.__call__).parameters:
+            self.call["use_resolution_binning"] = False
+
+    @staticmethod
+    def captions(count: int) -> list[str]:
+        """With three objects, of combinations never seen in training and others, as they come."""
+        found: list[str] = []
+        generator = torch.Generator().manual_seed(SEED)
+        while len(found) < count:
+            texts = [str(c) for c in sample_scenes(4 * count, generator).captions() if len(c.things) == OBJECTS]
+            found += [text for text in texts if text not in found]
+        return found[:count]
+
+    def planned(self, note: Note) -> Plan:
+        """A plan for steered runs: it is measured on samples that draw noise at their steps, as steering's do."""
+        known = [str(c) for c in sample_scenes(CALIBRATION, torch.Generator().manual_seed(SEED + 1)).captions()]
+        tick = note("plan", 1)
+        call = {name: value for name, value in self.call.items() if name != "output_type"}
+        found = plan(self.pipe, known, speedup=PLANNED, eta=1.0, progress=False, **call)
+        tick()
+        return found
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in 0 to 1."""
+        vae = self.pipe.vae
+        with torch.no_grad():
+            return (vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def right(self, latents: Tensor, captions: Sequence[str]) -> Tensor:
+        """[N] bool."""
+        return ShapesReward.verdict(self.decode(latents), captions).correct
+
+    def steered(self, target: SteeredPipeline, captions: Sequence[str], tick: Callable[[], None]) -> Drawn:
+        """All particles of every caption."""
+        right, rewards, seconds, steps = [], [], dict.fromkeys(("denoise", "decode", "verify", "whole"), 0.0), 0
+        for at in range(0, len(captions), CHUNK):
+            part = list(captions[at : at + CHUNK])
+            began = time.perf_counter()
+            with warnings.catch_warnings(action="ignore"):
+                latents = target(part, generator=torch.Generator().manual_seed(NOISE_SEED + at), return_dict=False, **self.call)[0]
+            seconds["whole"] += time.perf_counter() - began
+            assert target.selection is not None and target.report is not None
+            chosen, meter = target.selection, target.report.meter
+            for phase, spent in meter.seconds.items():
+                seconds[phase] += spent
+            steps += meter.spent.particle_steps
+            kept = [len(rows) for rows in chosen.rows]
+            judged = self.right(latents, [text for text, count in zip(part, kept, strict=True) for _ in range(count)])
+            order = torch.tensor([row for rows in chosen.rows for row in rows])
+            by_row = judged[order.argsort()].view(len(part), -1)
+            right.append(by_row)
+            found = chosen.rewards if by_row.shape == chosen.rewards.shape else chosen.rewards.amax(1, keepdim=True)
+            rewards.append(found)
+            tick()
+        return Drawn(torch.cat(right), torch.cat(rewards), seconds, steps)
+
+    def searched(self, method: Any, budget: Budget | None, captions: Sequence[str], reward: Any, tick: Callable[[], None]) -> Drawn:
+        """The best that a search finds for every caption."""
+        target = search(self.pipe, reward, method, budget=budget)
+        right, rewards, seconds, steps = [], [], dict.fromkeys(("denoise", "decode", "verify", "whole"), 0.0), 0
+        for at, caption in enumerate(captions):
+            began = time.perf_counter()
+            with warnings.catch_warnings(action="ignore"):
+                latents = target(caption, generator=torch.Generator().manual_seed(NOISE_SEED + at), return_dict=False, **self.call)[0]
+            seconds["whole"] += time.perf_counter() - began
+            assert target.report is not None
+            for phase, spent in target.report.meter.seconds.items():
+                seconds[phase] += spent
+            steps += target.report.meter.spent.particle_steps
+            right.append(self.right(latents, [caption]))
+            rewards.append(torch.tensor([target.report.rewards[0]]))
+            tick()
+        return Drawn(torch.stack(right), torch.stack(rewards), seconds, steps)
+
+
+def row_of(name: str, drawn: Drawn, base: Sequence[bool], sample_seconds: float, **more: Any) -> dict[str, Any]:
+    """A row of the table: the best of every caption, and the mean over all that was returned."""
+    best = drawn.best
+    low, high = wilson(sum(best), len(best))
+    change = paired_difference(list(base[: len(best)]), best)
+    return {
+        "variant": name,
+        "captions": len(best),
+        "accuracy": sum(best) / len(best),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "change": 100 * change.value,
+        "change_low": 100 * change.low,
+        "change_high": 100 * change.high,
+        "all_particles": float(drawn.right.double().mean()) if drawn.right.shape[1] > 1 else None,
+        "reward": float(drawn.rewards.amax(1).mean()),
+        "seconds": drawn.per_caption(),
+        "denoise_seconds": drawn.per_caption("denoise"),
+        "samples_of_time": drawn.per_caption() / sample_seconds,
+        "steps": drawn.steps / len(best),
+        **more,
+    }
+
+
+def best_of(pool: Drawn, count: float) -> float:
+    """Accuracy of best-of-N from a pool, averaged over all ways to choose N of it; between whole numbers by interpolation."""
+    low = max(1, min(math.floor(count), pool.right.shape[1]))
+    high = min(low + 1, pool.right.shape[1])
+    at_low, at_high = (_best_of(pool, n) for n in (low, high))
+    return at_low + (at_high - at_low) * min(max(count - low, 0.0), 1.0)
+
+
+def _best_of(pool: Drawn, count: int) -> float:
+    size = pool.right.shape[1]
+    order = pool.rewards.argsort(dim=1, descending=True, stable=True)
+    right = pool.right.gather(1, order).double()
+    # The i-th best of the pool is the best of a choice of `count` with this probability.
+    chance = torch.tensor([math.comb(size - 1 - i, count - 1) / math.comb(size, count) for i in range(size)], dtype=torch.float64)
+    return float((right * chance).sum(1).mean())
+
+
+def oracle_rows(particles: int, note: Note) -> list[dict[str, Any]]:
+    """A mixture whose tilted moments are known: how far each potential and each kernel is off."""
+    rows: list[dict[str, Any]] = []
+    tick = note("mixture", len(ORACLES) + 6)
+    for name, (method, strength) in ORACLES.items():
+        mean, variance, _ = moments(method, strength, particles)
+        exact = tilted(strength)[:2]
+        rows.append({
+            "kind": "potential", "what": name, "strength": strength, "mean": mean, "variance": variance, "exact": list(exact),
+            "mean_off": abs(mean - exact[0]), "variance_off": abs(variance - exact[1]),
+        })  # fmt: skip
+        tick()
+    kernels: dict[str, Kernel] = {"generalised DDIM, eta 1": ddim_eta, "linear SDE": linear_sde, "full re-noise": full_renoise}
+    for name, kernel in kernels.items():
+        for path_name, path in (("flow", flow_path(50)), ("variance-preserving", vp_path(50))):
+            variance = float(sampled(kernel, path, particles).var())
+            off = abs(variance / VARIANCE - 1)
+            rows.append({"kind": "kernel", "what": f"{name}, {path_name}", "variance": variance, "variance_off": off})
+            tick()
+    return rows
+
+
+def execute(captions: int, pool: int, searched: int, chains: int, particles: int, note: Note) -> Results:
+    """Measures all sections."""
+    steady_memory()
+    results = Results(
+        NAME, False, settings={"captions": captions, "pool": pool, "searched": searched, "chains": chains, "particles": particles}
+    )
+    results.settings["mixture"] = oracle_rows(particles, note)
+    bench = Bench()
+    texts = bench.captions(captions)
+    chunks = -(-captions // CHUNK)
+    exact, blurred = ShapesReward(), ShapesReward(exact=0.0)
+    fk = FKSteering(PARTICLES, select="all")
+
+    def drawn(target: SteeredPipeline, what: str) -> Drawn:
+        return bench.steered(target, texts, note(what, chunks))
+
+    independent = drawn(steer(bench.pipe, exact, BestOfN(pool, select="all")), f"{pool} independent samples")
+    base = independent.right[:, 0].tolist()
+    one = independent.per_caption() / pool
+    first = Drawn(
+        independent.right[:, :1], independent.rewards[:, :1], {k: v / pool for k, v in independent.seconds.items()}, STEPS * captions
+    )
+    four = Drawn(
+        independent.right[:, :PARTICLES], independent.rewards[:, :PARTICLES],
+        {k: v * PARTICLES / pool for k, v in independent.seconds.items()}, STEPS * PARTICLES * captions,
+    )  # fmt: skip
+    rows = results.rows
+    rows.append(row_of("plain", first, base, one))
+    rows.append(row_of(f"best of {PARTICLES}", four, base, one))
+    found = {
+        "FK": drawn(steer(bench.pipe, exact, fk), "FK"),
+        "FK, steered by another tolerance": drawn(steer(bench.pipe, blurred, fk), "FK by another tolerance"),
+        "successive halving, 8": drawn(steer(bench.pipe, exact, SuccessiveHalving()), "halving"),
+    }
+    # Denoising with noise of its own is another sampler: what it does without any steering.
+    found["eta 1, independent"] = drawn(steer(bench.pipe, exact, BestOfN(PARTICLES, select="all"), kernel="ddim"), "eta 1, independent")
+    for name, made in found.items():
+        count = made.per_caption() / one
+        rows.append(row_of(name, made, base, one, equal_time=best_of(independent, count)))
+    cached = drawn(steer(accelerate(bench.pipe, bench.planned(note)), exact, fk), "FK over a plan")
+    rows.append(row_of("FK over a 2x plan", cached, base, one, equal_time=best_of(independent, cached.per_caption() / one)))
+    few = texts[:searched]
+    budget = Budget(particle_steps=STEPS * (PARTICLES + 1))
+    zero = bench.searched(ZeroOrder(), budget, few, exact, note("zero-order", searched))
+    alone = bench.searched(RandomSearch(rounds=1, pool=PARTICLES + 1), budget, few, exact, note("random search", searched))
+    rows.append(row_of("zero-order, 5 runs", zero, base, one, equal_time=best_of(independent, zero.per_caption() / one)))
+    rows.append(row_of("random search, 5 runs", alone, base, one, equal_time=best_of(independent, alone.per_caption() / one)))
+    results.settings["flow"] = flow_rows(chains, note)
+    results.settings["wrong"] = [text for text, right in zip(texts, base, strict=True) if not right]
+    results.settings["best_of"] = [(n, best_of(independent, n)) for n in range(1, pool + 1)]
+    results.bars = bars_of(results)
+    return results
+
+
+def flow_rows(chains: int, note: Note) -> list[dict[str, Any]]:
+    """Rollover budget forcing and best-of-N on `shapes-flow`, both with the same number of forwards."""
+    bench = Bench("shapes-flow", FLOW_STEPS)
+    texts, reward = bench.captions(chains), ShapesReward()
+    budget = Budget(particle_steps=FORWARDS)
+    runs = FORWARDS // FLOW_STEPS
+    methods = {
+        f"best of {runs}": RandomSearch(rounds=1, pool=runs),
+        "rollover": RolloverBudget(evaluations=FORWARDS - FLOW_STEPS),
+        "rollover, even levels": RolloverBudget(evaluations=FORWARDS - FLOW_STEPS, spacing="even"),
+    }
+    rows: list[dict[str, Any]] = []
+    base: list[bool] = []
+    for name, method in methods.items():
+        made = bench.searched(method, budget, texts, reward, note(f"shapes-flow, {name}", chains))
+        base = base or made.best
+        rows.append(row_of(name, made, base, 1.0))
+    return rows
+
+
+def bars_of(results: Results) -> list[Bar]:
+    """The bars, from the rows."""
+    rows = {row["variant"]: row for row in results.rows}
+    oracles = results.settings["mixture"]
+    potentials = [row for row in oracles if row["kind"] == "potential"]
+    unbiased = [row for row in oracles if row["kind"] == "kernel" and not row["what"].startswith("full")]
+    renoised = [row for row in oracles if row["what"].startswith("full")]
+    fk, plain, other = rows["FK"], rows["plain"], rows["FK, steered by another tolerance"]
+    best4, cached = rows[f"best of {PARTICLES}"], rows["FK over a 2x plan"]
+    interval = f"95% interval {fk['change_low']:+.1f} to {fk['change_high']:+.1f} points; plain {100 * plain['accuracy']:.1f}%"
+    flow = {row["variant"]: row for row in results.settings["flow"]}
+    whole = next(row for name, row in flow.items() if name.startswith("best of"))
+    rollover = max((row for name, row in flow.items() if name.startswith("rollover")), key=lambda row: (row["accuracy"], row["reward"]))
+    bars = [
+        Bar.at_most("mixture: mean of FK's population off the exact one", max(row["mean_off"] for row in potentials), MEAN_OFF),
+        Bar.at_most("mixture: its variance off", max(row["variance_off"] for row in potentials), VARIANCE_OFF),
+        Bar.at_most("kernels: variance off, 50 steps", max(row["variance_off"] for row in unbiased), KERNEL_OFF),
+        Bar.at_least("full re-noise: variance off, 50 steps", min(row["variance_off"] for row in renoised), KERNEL_OFF, "it must fail"),
+        (
+            Bar.at_least("FK: fully correct", fk["accuracy"], NEARLY_ALL, interval)
+            if fk["accuracy"] >= NEARLY_ALL
+            else Bar.at_least("FK: lift of the fully correct rate in points", fk["change"], LIFT, interval)
+        ),
+        Bar.at_least(
+            "FK: rate of all four particles over independent samples, points",
+            100 * (other["all_particles"] - best4["all_particles"]),
+            POPULATION,
+            f"{100 * best4['all_particles']:.1f}% to {100 * other['all_particles']:.1f}%, steered by another tolerance than judged",
+        ),
+        Bar.at_most("FK over a plan: denoiser time", cached["denoise_seconds"] / fk["denoise_seconds"], CACHED_TIME),
+        Bar.at_least("FK over a plan: change in points", 100 * (cached["accuracy"] - fk["accuracy"]), -CACHED_POINTS),
+        Bar.at_least(
+            f"rollover over best-of-N, {FORWARDS} forwards of shapes-flow, points",
+            100 * (rollover["accuracy"] - whole["accuracy"]),
+            0.0,
+            f"{rollover['variant']} {100 * rollover['accuracy']:.1f}%, {whole['variant']} {100 * whole['accuracy']:.1f}%; "
+            f"rewards {rollover['reward']:.3f} and {whole['reward']:.3f}",
+        ),
+    ]
+    return bars
+
+
+def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:
+    """Runs the benchmark and writes its page.
+
+    Args:
+        quick: Small settings, within ten minutes on two cores; writes a page only where it is told to.
+        json_path: Where the JSON goes, or None.
+        docs: Where the page goes; in a source checkout docs/results/steering.md, after a full run.
+        settings: Of `execute`, in place of the quick or full ones.
+
+    Returns:
+        Exit code: 0 where every bar holds, 1 where one does not, 2 where it could not be run as asked (one line on stderr).
+    """
+    chosen = {**(QUICK if quick else FULL), **settings}
+    target = docs if docs is not None or quick else results_page(NAME)
+    return conduct(NAME, execute, page, chosen, json_path=json_path, docs=target, pictures=pictures)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of `python -m hasten.benchmarks.steering`."""
+    meanings = {
+        "captions": "captions of three objects",
+        "pool": "independent samples of each, of which best-of-N is chosen",
+        "searched": "captions for searches, which go one by one",
+        "chains": "captions on shapes-flow",
+        "particles": "particles on the mixture",
+    }
+    settings = {name: (FULL[name], meaning) for name, meaning in meanings.items()}
+    return run_from_command_line(run, command_line("steering", __doc__), settings, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""Launches compiled kernels through the CUDA driver's own library: ctypes, no toolkit, no extension module."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Size = tuple[int, int]
+"""Of a grid or a block: x and y."""
+
+
+class DriverError(RuntimeError):
+    """The driver is missing or refuses; the message says what and why."""
+
+
+class Driver:
+    """The few entry points of libcuda that a launch needs. The calling thread's current context is used: torch has made it.
+
+    Args:
+        path: The library; the system's unless told.
+
+    Raises:
+        DriverError: There is none.
+    """
+
+    def __init__(self, path: Path | str | None = None) -> None:
+        name = str(path) if path is not None else "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+        try:
+            self._library = ctypes.CDLL(name)
+        except OSError as error:
+            raise DriverError(f"no CUDA driver: {error}") from None
+        self._library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._call("cuInit", 0)
+
+    def load(self, image: bytes) -> ctypes.c_void_p:
+        """A module from machine code."""
+        module = ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), image)
+        return module
+
+    def function(self, module: ctypes.c_void_p, name: str) -> ctypes.c_void_p:
+        """A kernel of a module."""
+        found = ctypes.c_void_p()
+        self._call("cuModuleGetFunction", ctypes.byref(found), module, name.encode())
+        return found
+
+    def launch(self, function: ctypes.c_void_p, grid: Size, block: Size, args: ctypes.Structure, stream: int) -> None:
+        """Puts a kernel on a stream; its arguments, one structure, are copied before this returns."""
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        self._call("cuLaunchKernel", function, *grid, 1, *block, 1, 0, stream, ctypes.addressof(parameters), None)
+
+    def _call(self, name: str, *args: object) -> None:
+        status: int = getattr(self._library, name)(*args)
+        if status:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(status, ctypes.byref(text))
+            raise DriverError(f"{name} failed: {(text.value or b'').decode()} (CUDA error {status})")
+
+
+class Kernels:
+    """The kernels of one device: a source file is compiled and loaded when the first of its kernels is launched.
+
+    Args:
+        driver: Of the device, whose context is current at every launch.
+        image: Machine code of a source file, by its name; called with `True` where what it gave before cannot be loaded.
+    """
+
+    def __init__(self, driver: Driver, image: Callable[[str, bool], bytes]) -> None:
+        self.driver, self.image = driver, image
+        self._modules: dict[str, ctypes.c_void_p] = {}
+        self._functions: dict[str, ctypes.c_void_p] = {}
+
+    def launch(self, source: str, name: str, grid: Size, block: Size, args: ctypes.Structure, stream: int) -> None:
+        """Launches the kernel `name` of a source file.
+
+        Raises:
+            CompileError: The file cannot be compiled.
+            DriverError: The driver refuses.
+        """
+        if name not in self._functions:
+            self._functions[name] = self.driver.function(self._module(source), name)
+        self.driver.launch(self._functions[name], grid, block, args, stream)
+
+    def _module(self, source: str) -> ctypes.c_void_p:
+        if source not in self._modules:
+            try:
+                self._modules[source] = self.driver.load(self.image(source, False))
+            except DriverError:
+                self._modules[source] = self.driver.load(self.image(source, True))
+        return self._modules[source]

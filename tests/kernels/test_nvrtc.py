@@ -1,0 +1,76 @@
+"""The real compiler, without a GPU: every kernel for every architecture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hasten.kernels.cubins import HEADERS, SOURCES, Cubins, source_text
+from hasten.kernels.nvrtc import CompileError, Compiler, find_nvrtc
+from hasten.kernels.report import ARCHITECTURES
+from tests.kernels.machine import CUDA, Machine
+
+pytestmark = pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Compiler:
+    return Compiler()
+
+
+@pytest.fixture(scope="module")
+def names(library: Path) -> set[str]:
+    return set(Machine(library).names())
+
+
+def compiles(compiler: Compiler, source: str, architecture: str, names: set[str]) -> None:
+    if int(architecture[3:]) not in compiler.architectures():
+        pytest.skip(f"NVRTC {compiler.version} knows no {architecture}")
+    made = Cubins(architecture, compiler=compiler).compile(source)
+    assert made.cubin[:4] == b"\x7fELF" and "warning" not in made.log
+    used = made.resources()
+    assert used and set(used) <= names
+    assert {name: r.spilled for name, r in used.items() if r.spilled} == {}
+    # 48 kB of static shared memory and 64 registers at full blocks of 1,024 threads are what every architecture has.
+    assert max(r.shared for r in used.values()) <= 49152 and max(r.registers for r in used.values()) <= 128
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("architecture", ["sm_90"])
+def test_kernels_compile_without_spills(compiler: Compiler, source: str, architecture: str, names: set[str]) -> None:
+    compiles(compiler, source, architecture, names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "sm_90"])
+def test_kernels_compile_for_all_architectures(compiler: Compiler, source: str, architecture: str, names: set[str]) -> None:
+    compiles(compiler, source, architecture, names)
+
+
+def test_every_source_is_listed() -> None:
+    assert {path.stem for path in CUDA.glob("*.cu")} == set(SOURCES)
+    assert {path.name for path in CUDA.glob("*.cuh")} == set(HEADERS)
+
+
+def test_wide_kernels_move_16_bytes_at_once(compiler: Compiler) -> None:
+    ptx = Cubins("sm_80", compiler=compiler).compile("apply").ptx
+    (wide,) = re.findall(r"\.entry apply_bf16_bf16_8\(.*?\n}", ptx, re.DOTALL)
+    assert re.search(r"ld\.global(\.nc)?\.v4\.[bu]32", wide) and re.search(r"st\.global\.v4\.[bu]32", wide)
+    assert not re.search(r"(ld|st)\.global[.\w]*\.[bu]16", wide)
+
+
+def test_the_compilers_words_reach_the_user(compiler: Compiler) -> None:
+    with pytest.raises(CompileError, match=r"refuses broken\.cu for sm_80.*broken\.cu\(1\): error"):
+        compiler.compile("int f( {", "broken.cu", "sm_80", {})
+    with pytest.raises(CompileError, match="for sm_12345"):
+        compiler.compile(source_text("apply.cu"), "apply.cu", "sm_12345", {name: source_text(name) for name in HEADERS})
+
+
+def test_a_library_that_is_none_is_no_compiler(tmp_path: Path) -> None:
+    path = tmp_path / "libnvrtc.so.13"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(CompileError, match="cannot be loaded as NVRTC"):
+        Compiler(path)
