@@ -161,17 +161,20 @@ class Evaluator:
     Attributes:
         path: The scheduler's path.
         shape: Of one latent.
+        levels: Of a full run, steps + 1 of them.
     """
 
     def __init__(self, pipe: Any, call: dict[str, Any], steps: int, known: dict[Any, Any]) -> None:
         self.pipe, self.plain, self.steps, self.known = pipe, plain_of(pipe), steps, known
         self.call = {**call, "output_type": "latent"}
         self.last: dict[int, Any] = {}
-        self.shape, top = self._probe()
-        self.path = NoisePath(SchedulerLevels(self.plain.scheduler).kind, top)
+        self.shape = self._probe()
+        levels = SchedulerLevels(self.plain.scheduler)
+        self.levels = [levels.at(k).level for k in range(len(self.plain.scheduler.timesteps) + 1)]
+        self.path = NoisePath(levels.kind, self.levels[0])
 
-    def _probe(self) -> tuple[tuple[int, ...], float]:
-        """The shape of one latent and the level that sampling starts from; nothing is computed."""
+    def _probe(self) -> tuple[int, ...]:
+        """The shape of one latent, from a call that ends before anything is computed, and leaves the scheduler's timesteps behind."""
         original = self.plain.prepare_latents
 
         def prepare(*args: Any, **kwargs: Any) -> Any:
@@ -186,7 +189,7 @@ class Evaluator:
             shape = found.shape
         finally:
             del self.plain.prepare_latents
-        return shape, SchedulerLevels(self.plain.scheduler).at(0).level
+        return shape
 
     def grid(self, start: float, stop: float, steps: int) -> list[float] | None:
         """Levels of a stretch, spaced as the scheduler spaces a full run; None for a whole run."""
@@ -194,11 +197,7 @@ class Evaluator:
             return None
         if start == stop:
             return [start]
-        levels = SchedulerLevels(self.plain.scheduler)
-        own = np.asarray([levels.at(k).level for k in range(len(self.plain.scheduler.timesteps) + 1)])
-        # The scheduler may hold the grid of another stretch by now: then levels are spread evenly.
-        own = own if abs(own[0] - self.path.top) < 1e-3 else np.linspace(self.path.top, 0, self.steps + 1)
-        at = np.linspace(0, 1, len(own))
+        own, at = np.asarray(self.levels), np.linspace(0, 1, len(self.levels))
         begin, end = (float(np.interp(-level, -own, at)) for level in (start, stop))
         inside = np.interp(np.linspace(begin, end, steps + 1), at, own).tolist()
         return [start, *inside[1:-1], stop]

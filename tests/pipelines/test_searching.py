@@ -88,6 +88,7 @@ def test_stretches_meet(family: str, scheduler: str) -> None:
     assert end.shape == whole.shape and torch.equal(end, clean)
     # What is compared moves by much on the way; the grids differ a little where timesteps are whole numbers.
     assert float((end - whole).norm()) < (0.35 if scheduler == "dpm++2m" else 0.2) * float((whole - noise).norm())
+    assert torch.equal(evaluate(noise, evaluate.path.top, middle, 3)[0], half)  # whatever was run in between
     _, estimate = evaluate(half, middle, middle, 1)
     assert estimate.shape == whole.shape and torch.allclose(evaluate(half, middle, middle, 1)[0], half, rtol=1e-5)
 
