@@ -527,8 +527,9 @@ proxy = load_proxy()
 score = proxy.score(images, ["a small red circle left of a blue square"])  # [N] log-probability that all is right
 ```
 
-Trained for {step:,} steps, {samples:,} pictures in all, git {git}: half are drawn by the shipped `shapes` in few steps, with
-its estimates on the way; an eighth was made by gradient ascent to please the network; the rest are rendered scenes with something wrong.
+Trained for {step:,} steps, {samples:,} pictures in all, git {git}: half are
+pictures that the shipped `shapes` draws in few steps, its estimates on the way, and scenes after a way through its VAE; an eighth was made
+by gradient ascent to please the network; the rest are rendered scenes, most of them with something wrong.
 
 Agreement with the exact verifier (AUC: share of pairs, one right and one wrong, in which the right one scores higher), on captions and
 noises that training never saw:
