@@ -23,6 +23,7 @@ from torch import Tensor
 from hasten.accelerators.caching.plan import Plan
 from hasten.accelerators.search.random_search import RandomSearch
 from hasten.accelerators.search.rollover import RolloverBudget
+from hasten.accelerators.search.task import SearchMethod
 from hasten.accelerators.search.zero_order import ZeroOrder
 from hasten.accelerators.steering.best_of_n import BestOfN
 from hasten.accelerators.steering.budget import Budget
@@ -45,7 +46,7 @@ from hasten.benchmarks.mixture import ORACLES, VARIANCE, flow_path, moments, sam
 from hasten.benchmarks.steering_page import page, pictures
 from hasten.pipelines.accelerated import accelerate
 from hasten.pipelines.planning import plan
-from hasten.pipelines.searching import search
+from hasten.pipelines.searching import SearchedPipeline, search
 from hasten.pipelines.steering import SteeredPipeline, steer
 from hasten.pipelines.zoo.loading import call_defaults, load, path_of
 from hasten.pipelines.zoo.shapes import sample_scenes
@@ -53,18 +54,21 @@ from hasten.pipelines.zoo.shapes.reward import ShapesReward
 
 NAME = "steering"
 STEPS, PARTICLES, OBJECTS = 50, 4, 3
+SCORINGS: dict[str, Any] = {"start": 0.5, "end": 0.9, "every": 0.1}
+"""Before half of the way the colours of this model's estimates are not settled; chosen on captions of another seed."""
 SEED, NOISE_SEED = 20_261_121, 20_261_122
 LIFT, NEARLY_ALL, POPULATION = 15.0, 0.99, 8.0
 """The bars: by how many points steering lifts the fully correct rate, or to what; and the rate of all particles."""
 CACHED_TIME, CACHED_POINTS = 0.6, 2.0
-CALIBRATION, PLANNED = 8, 2.2
+CALIBRATION, PLANNED = 8, 2.0
 """Captions that the plan is measured on, and the speed-up asked for."""
 FORWARDS, FLOW_STEPS = 200, 20
 MEAN_OFF, VARIANCE_OFF, KERNEL_OFF = 0.03, 0.06, 0.06
-FULL: dict[str, Any] = {"captions": 56, "pool": 4, "searched": 12, "chains": 12, "particles": 50_000}
+FULL: dict[str, Any] = {"captions": 40, "pool": 4, "searched": 8, "chains": 8, "particles": 50_000}
 QUICK: dict[str, Any] = {"captions": 8, "pool": 4, "searched": 2, "chains": 2, "particles": 50_000}
 CHUNK = 8
 """Captions of a call."""
+INDEPENDENT = "independent samples"
 
 
 @dataclass
@@ -87,6 +91,13 @@ class Drawn:
     def best(self) -> list[bool]:
         """Whether the sample of the greatest reward is right."""
         return self.right.gather(1, self.rewards.argmax(1, keepdim=True))[:, 0].tolist()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+        """Of several calls."""
+        seconds = {phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds}
+        right, rewards = torch.cat([part.right for part in parts]), torch.cat([part.rewards for part in parts])
+        return cls(right, rewards, seconds, sum(part.steps for part in parts))
 
     def first(self, count: int) -> Drawn:
         """Of independent samples: so many of each caption alone."""
@@ -149,47 +160,41 @@ class Bench:
         """[N] bool."""
         return ShapesReward.verdict(self.decode(latents), captions).correct
 
-    def steered(self, target: SteeredPipeline, captions: Sequence[str], tick: Callable[[], None]) -> Drawn:
-        """All particles of every caption."""
-        right, rewards, seconds, steps = [], [], dict.fromkeys(("denoise", "decode", "verify", "whole"), 0.0), 0
-        for at in range(0, len(captions), CHUNK):
-            part = list(captions[at : at + CHUNK])
-            began = time.perf_counter()
-            with warnings.catch_warnings(action="ignore"):
-                latents = target(part, generator=torch.Generator().manual_seed(NOISE_SEED + at), return_dict=False, **self.call)[0]
-            seconds["whole"] += time.perf_counter() - began
-            assert target.selection is not None and target.report is not None
-            chosen, meter = target.selection, target.report.meter
-            for phase, spent in meter.seconds.items():
-                seconds[phase] += spent
-            steps += meter.spent.particle_steps
-            kept = [len(rows) for rows in chosen.rows]
-            judged = self.right(latents, [text for text, count in zip(part, kept, strict=True) for _ in range(count)])
-            order = torch.tensor([row for rows in chosen.rows for row in rows])
-            by_row = judged[order.argsort()].view(len(part), -1)
-            right.append(by_row)
-            found = chosen.rewards if by_row.shape == chosen.rewards.shape else chosen.rewards.amax(1, keepdim=True)
-            rewards.append(found)
-            tick()
-        return Drawn(torch.cat(right), torch.cat(rewards), seconds, steps)
+    def steered(self, target: SteeredPipeline, captions: Sequence[str], seed: int) -> Drawn:
+        """All particles of every caption, in one call."""
+        began = time.perf_counter()
+        with warnings.catch_warnings(action="ignore"):
+            latents = target(list(captions), generator=torch.Generator().manual_seed(seed), return_dict=False, **self.call)[0]
+        whole = time.perf_counter() - began
+        assert target.selection is not None and target.report is not None
+        chosen, meter = target.selection, target.report.meter
+        kept = [len(rows) for rows in chosen.rows]
+        judged = self.right(latents, [text for text, count in zip(captions, kept, strict=True) for _ in range(count)])
+        order = torch.tensor([row for rows in chosen.rows for row in rows])
+        right = judged[order.argsort()].view(len(captions), -1)
+        rewards = chosen.rewards if right.shape == chosen.rewards.shape else chosen.rewards.amax(1, keepdim=True)
+        return Drawn(right, rewards, {**meter.seconds, "whole": whole}, meter.spent.particle_steps)
 
-    def searched(self, method: Any, budget: Budget | None, captions: Sequence[str], reward: Any, tick: Callable[[], None]) -> Drawn:
-        """The best that a search finds for every caption."""
-        target = search(self.pipe, reward, method, budget=budget)
-        right, rewards, seconds, steps = [], [], dict.fromkeys(("denoise", "decode", "verify", "whole"), 0.0), 0
-        for at, caption in enumerate(captions):
-            began = time.perf_counter()
-            with warnings.catch_warnings(action="ignore"):
-                latents = target(caption, generator=torch.Generator().manual_seed(NOISE_SEED + at), return_dict=False, **self.call)[0]
-            seconds["whole"] += time.perf_counter() - began
-            assert target.report is not None
-            for phase, spent in target.report.meter.seconds.items():
-                seconds[phase] += spent
-            steps += target.report.meter.spent.particle_steps
-            right.append(self.right(latents, [caption]))
-            rewards.append(torch.tensor([target.report.rewards[0]]))
+    def searched(self, target: SearchedPipeline, caption: str, seed: int) -> Drawn:
+        """The best that a search finds for a caption."""
+        began = time.perf_counter()
+        with warnings.catch_warnings(action="ignore"):
+            latents = target(caption, generator=torch.Generator().manual_seed(seed), return_dict=False, **self.call)[0]
+        whole = time.perf_counter() - began
+        assert target.report is not None
+        meter = target.report.meter
+        rewards = torch.tensor([target.report.rewards])
+        return Drawn(self.right(latents, [caption])[None], rewards, {**meter.seconds, "whole": whole}, meter.spent.particle_steps)
+
+
+def in_turns(names: Sequence[str], rounds: int, draw: Callable[[str, int], Drawn], tick: Callable[[], None]) -> dict[str, Drawn]:
+    """What every method made in all rounds; they take turns, and every other round goes backwards."""
+    parts: dict[str, list[Drawn]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else list(names)[::-1]:
+            parts[name].append(draw(name, number))
             tick()
-        return Drawn(torch.stack(right), torch.stack(rewards), seconds, steps)
+    return {name: Drawn.joined(found) for name, found in parts.items()}
 
 
 def row_of(name: str, drawn: Drawn, base: Sequence[bool], sample_seconds: float, **more: Any) -> dict[str, Any]:
@@ -264,44 +269,33 @@ def execute(captions: int, pool: int, searched: int, chains: int, particles: int
     results.settings["mixture"] = oracle_rows(particles, note)
     bench = Bench()
     texts = bench.captions(captions)
-    chunks = -(-captions // CHUNK)
     exact, blurred = ShapesReward(), ShapesReward(exact=0.0)
-    fk = FKSteering(PARTICLES, select="all")
-
-    def drawn(target: SteeredPipeline, what: str) -> Drawn:
-        return bench.steered(target, texts, note(what, chunks))
-
-    independent = drawn(steer(bench.pipe, exact, BestOfN(pool, select="all")), f"{pool} independent samples")
-    base = independent.right[:, 0].tolist()
-    one = independent.per_caption() / pool
-    first = Drawn(
-        independent.right[:, :1], independent.rewards[:, :1], {k: v / pool for k, v in independent.seconds.items()}, STEPS * captions
-    )
-    four = Drawn(
-        independent.right[:, :PARTICLES], independent.rewards[:, :PARTICLES],
-        {k: v * PARTICLES / pool for k, v in independent.seconds.items()}, STEPS * PARTICLES * captions,
-    )  # fmt: skip
-    rows = results.rows
-    rows.append(row_of("plain", first, base, one))
-    rows.append(row_of(f"best of {PARTICLES}", four, base, one))
-    found = {
-        "FK": drawn(steer(bench.pipe, exact, fk), "FK"),
-        "FK, steered by another tolerance": drawn(steer(bench.pipe, blurred, fk), "FK by another tolerance"),
-        "successive halving, 8": drawn(steer(bench.pipe, exact, SuccessiveHalving()), "halving"),
+    fk, several = FKSteering(PARTICLES, select="all", **SCORINGS), BestOfN(PARTICLES, select="all")
+    targets = {
+        INDEPENDENT: steer(bench.pipe, exact, BestOfN(pool, select="all")),
+        "FK": steer(bench.pipe, exact, fk),
+        "FK, steered by another tolerance": steer(bench.pipe, blurred, fk),
+        "successive halving, 8": steer(bench.pipe, exact, SuccessiveHalving()),
+        # Denoising with noise of its own is another sampler: what it does without any steering.
+        f"best of {PARTICLES}, eta 1": steer(bench.pipe, exact, several, kernel="ddim"),
+        "FK over a 2x plan": steer(accelerate(bench.pipe, bench.planned(note)), exact, fk),
     }
-    # Denoising with noise of its own is another sampler: what it does without any steering.
-    found["eta 1, independent"] = drawn(steer(bench.pipe, exact, BestOfN(PARTICLES, select="all"), kernel="ddim"), "eta 1, independent")
-    for name, made in found.items():
-        count = made.per_caption() / one
-        rows.append(row_of(name, made, base, one, equal_time=best_of(independent, count)))
-    cached = drawn(steer(accelerate(bench.pipe, bench.planned(note)), exact, fk), "FK over a plan")
-    rows.append(row_of("FK over a 2x plan", cached, base, one, equal_time=best_of(independent, cached.per_caption() / one)))
-    few = texts[:searched]
+    chunks = [texts[at : at + CHUNK] for at in range(0, captions, CHUNK)]
+    tick = note("captions, all methods in turns", len(chunks) * len(targets))
+    found = in_turns(list(targets), len(chunks), lambda name, k: bench.steered(targets[name], chunks[k], NOISE_SEED + k), tick)
+    independent = found.pop(INDEPENDENT)
+    base, one = independent.right[:, 0].tolist(), independent.per_caption() / pool
+    results.rows.append(row_of("plain", independent.first(1), base, one))
+    results.rows.append(row_of(f"best of {PARTICLES}", independent.first(PARTICLES), base, one))
     budget = Budget(particle_steps=STEPS * (PARTICLES + 1))
-    zero = bench.searched(ZeroOrder(), budget, few, exact, note("zero-order", searched))
-    alone = bench.searched(RandomSearch(rounds=1, pool=PARTICLES + 1), budget, few, exact, note("random search", searched))
-    rows.append(row_of("zero-order, 5 runs", zero, base, one, equal_time=best_of(independent, zero.per_caption() / one)))
-    rows.append(row_of("random search, 5 runs", alone, base, one, equal_time=best_of(independent, alone.per_caption() / one)))
+    searches = {
+        "random search, 5 runs": search(bench.pipe, exact, RandomSearch(rounds=1, pool=PARTICLES + 1), budget=budget),
+        "zero-order, 5 runs": search(bench.pipe, exact, ZeroOrder(), budget=budget),
+    }
+    tick = note("searches in turns", searched * len(searches))
+    found |= in_turns(list(searches), searched, lambda name, k: bench.searched(searches[name], texts[k], NOISE_SEED + k), tick)
+    for name, made in found.items():
+        results.rows.append(row_of(name, made, base, one, equal_time=best_of(independent, made.per_caption() / one)))
     results.settings["flow"] = flow_rows(chains, note)
     results.settings["wrong"] = [text for text, right in zip(texts, base, strict=True) if not right]
     results.settings["best_of"] = [(n, best_of(independent, n)) for n in range(1, pool + 1)]
@@ -313,20 +307,17 @@ def flow_rows(chains: int, note: Note) -> list[dict[str, Any]]:
     """Rollover budget forcing and best-of-N on `shapes-flow`, both with the same number of forwards."""
     bench = Bench("shapes-flow", FLOW_STEPS)
     texts, reward = bench.captions(chains), ShapesReward()
-    budget = Budget(particle_steps=FORWARDS)
-    runs = FORWARDS // FLOW_STEPS
-    methods = {
+    runs, left = FORWARDS // FLOW_STEPS, FORWARDS - FLOW_STEPS
+    methods: dict[str, SearchMethod] = {
         f"best of {runs}": RandomSearch(rounds=1, pool=runs),
-        "rollover": RolloverBudget(evaluations=FORWARDS - FLOW_STEPS),
-        "rollover, even levels": RolloverBudget(evaluations=FORWARDS - FLOW_STEPS, spacing="even"),
+        "rollover": RolloverBudget(evaluations=left),
+        "rollover, even levels": RolloverBudget(evaluations=left, spacing="even"),
     }
-    rows: list[dict[str, Any]] = []
-    base: list[bool] = []
-    for name, method in methods.items():
-        made = bench.searched(method, budget, texts, reward, note(f"shapes-flow, {name}", chains))
-        base = base or made.best
-        rows.append(row_of(name, made, base, 1.0))
-    return rows
+    targets = {name: search(bench.pipe, reward, method, budget=Budget(particle_steps=FORWARDS)) for name, method in methods.items()}
+    tick = note("shapes-flow, in turns", chains * len(targets))
+    found = in_turns(list(targets), chains, lambda name, k: bench.searched(targets[name], texts[k], NOISE_SEED + k), tick)
+    base = next(iter(found.values())).best
+    return [row_of(name, made, base, 1.0) for name, made in found.items()]
 
 
 def bars_of(results: Results) -> list[Bar]:
