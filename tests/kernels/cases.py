@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 FEW = settings(
-    max_examples=int(os.environ.get("HASTEN_EXAMPLES", "50")), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=int(os.environ.get("HASTEN_EXAMPLES", "20")), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("dense", "sliced", "shifted", "transposed", "expanded")
