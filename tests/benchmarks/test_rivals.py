@@ -146,12 +146,17 @@ def test_bars_of_the_policy() -> None:
 
 def test_bars_of_cachequant() -> None:
     def made(ablation: int | None, error: float, change: float = 0.0) -> dict[str, Any]:
-        ends = {"change": change, "change_low": change, "change_high": change, "bytes_of_fp32": 0.26}
+        ends = {"change": change, "change_low": change, "change_high": change, "bytes_of_fp32": 0.26, "computed_fraction": 0.2}
         return {"variant": str(ablation), "ablation": ablation, "error": error, **ends}
 
-    bars = cachequant.bars_of([made(None, 9.0), made(0, 0.3), made(1, 0.2), made(2, 0.25, -3.0)])
+    rows = [made(None, 9.0, -4.0), made(0, 0.3, -5.0), made(1, 0.2, -6.0), made(2, 0.25, -3.0)]
+    bars = cachequant.bars_of(rows)
     assert [bar.holds for bar in bars] == [True, False, False, True]
     assert not math.isnan(bars[0].value)
+    # The accuracy is that of the best schedule at the interval; full compute and other layers do not count.
+    better = {**made(None, 9.0, -1.0), "variant": "planned"}
+    whole, coarse = {**better, "computed_fraction": 1.0}, {**better, "bytes_of_fp32": 0.14}
+    assert not cachequant.bars_of([*rows, whole, coarse])[2].holds and cachequant.bars_of([*rows, better])[2].holds
 
 
 def test_the_policys_bench_runs_small() -> None:
