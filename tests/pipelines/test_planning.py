@@ -113,6 +113,7 @@ def test_what_cannot_be_calibrated(pipe: Any) -> None:
             hasten.Forecast(**options)
 
 
+@pytest.mark.slow  # compares two plans, each solved for costs that were timed: it needs a quiet machine
 def test_an_interrupted_calibration_goes_on_where_it_was(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hasten.pipelines import calibration
 
