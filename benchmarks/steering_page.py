@@ -76,7 +76,8 @@ def page(results: Results) -> str:
         f"by one, the first {s['searched']} of them). Correct: by the exact verifier, of the sample with the greatest reward. All "
         "particles: the rate over everything that was returned. Best-of-N for every N is averaged over all choices from "
         f'{s["pool"]} independent samples, and N in "samples of time" is the method\'s whole time over that of one sample, decoding and '
-        "verifying included. FK scores at 50 to 90% of the way."
+        "verifying included. FK scores at 50 to 90% of the way; its estimates are judged by a tolerance that lets blur pass, except where "
+        "the table says exactly, and finished samples exactly."
     )
     return bars_last(
         results,
@@ -115,7 +116,8 @@ def pictures(results: Results, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    example(results.settings["wrong"][:8], folder)
+    if results.settings["wrong"]:
+        example(results.settings["wrong"][:8], folder)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     line = results.settings["best_of"]

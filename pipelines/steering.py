@@ -95,7 +95,7 @@ class Particles:
     def _begin(self) -> None:
         panel = self.scorer.panel
         run = Run(
-            self.prompts, self.steps, self.meter, self.seed, self.stochastic, self.rows_per_step, panel.calls, panel.reward_std
+            self.prompts, self.steps, self.meter, self.seed, self.stochastic, self.rows_per_step, self.scorer.calls, panel.reward_std
         )  # fmt: skip
         self.population = self.method.begin(run)
 
@@ -169,7 +169,7 @@ class Particles:
         given, x0 = arguments.arguments, self._clean(arguments, now)
         rewards = None
         if self.population.scores_at(step):
-            rewards = self._rewards(x0)
+            rewards = self._rewards(x0, finished=False)
         action = self.population.on_step(StepInfo(step, given["sample"], x0, rewards))
         self._keep()
         before = self.rows.alive.nonzero()[:, 0]
@@ -198,11 +198,11 @@ class Particles:
         place[before] = torch.arange(len(before))
         self.reindex(place[index[self.rows.alive.nonzero()[:, 0]]], len(before))
 
-    def _rewards(self, latents: Tensor) -> Tensor:
+    def _rewards(self, latents: Tensor, finished: bool) -> Tensor:
         """[R] of the living rows; -inf for the others."""
         living = self.rows.alive.nonzero()[:, 0]
         rewards = torch.full((self.count,), -torch.inf, dtype=torch.float64)
-        rewards[living] = self.scorer.rewards(latents.index_select(0, living.to(latents.device)), self.owners[living])
+        rewards[living] = self.scorer.rewards(latents.index_select(0, living.to(latents.device)), self.owners[living], finished)
         return rewards
 
     def _keep(self) -> None:
@@ -226,7 +226,7 @@ class Particles:
         if self._held is not None:
             self.rows.alive = self._stopped
         latents = out[0] if isinstance(out, tuple) else out.prev_sample
-        self.selection = self.population.finish(self._rewards(latents))
+        self.selection = self.population.finish(self._rewards(latents, finished=True))
         self._keep()
         index = torch.tensor([row for rows in self.selection.rows for row in rows])
 
@@ -270,6 +270,7 @@ class SteeredPipeline:
         verifier: Verifier | Callable[..., Tensor],
         method: SteeringMethod,
         *,
+        estimates: Verifier | Callable[..., Tensor] | None = None,
         kernel: str = "auto",
         eta: float = 1.0,
         decode: Decode | None = None,
@@ -286,6 +287,7 @@ class SteeredPipeline:
         self.decode, self.budget, self.micro_batch = decode, budget, checked_micro_batch(micro_batch)
         self.keep_pictures = keep_pictures
         self.verifier = as_verifier(verifier)
+        self.estimates = None if estimates is None else as_verifier(estimates)
         self.report: SearchReport | None = None
         self.selection: Selection | None = None
         self._known: dict[Any, Any] = {}
@@ -331,7 +333,7 @@ class SteeredPipeline:
         particles = Particles(
             pipe,
             self.method,
-            Scorer(self.verifier, prompts, meter, decode, self.micro_batch),
+            Scorer(self.verifier, prompts, meter, decode, self.micro_batch, self.estimates),
             meter,
             seed,
             kernel,
@@ -476,6 +478,7 @@ def steer(
     verifier: Verifier | Callable[..., Tensor],
     method: SteeringMethod | None = None,
     *,
+    estimates: Verifier | Callable[..., Tensor] | None = None,
     kernel: str = "auto",
     eta: float = 1.0,
     decode: Decode | None = None,
@@ -491,6 +494,9 @@ def steer(
         verifier: What is maximised: any callable f(images, prompts) or f(images) with one score per image, higher is better; images are
             [n, 3, H, W] in 0 to 1 (videos [n, F, 3, H, W]).
         method: `FKSteering` unless told; or `BestOfN`, `SuccessiveHalving`, `SVDD`, `CoDe`.
+        estimates: Judges the estimates on the way, where the verifier is too strict (or too slow) for pictures that are still blurred; the
+            verifier then judges finished samples alone. None: what the verifier says of itself (its attribute `for_estimates`), else the
+            verifier. To judge both by one verifier whatever it says, give it here, too.
         kernel: The step that draws the noise without which copies of a particle would stay the same. "ddim" is the generalised DDIM step
             on the scheduler's own noise levels, "linear-sde" that of Rollover Budget Forcing, "renoise" (all noise anew) is right for
             distilled models alone, and "scheduler" leaves the update to the scheduler. "auto" takes the scheduler's own where it draws
@@ -510,5 +516,14 @@ def steer(
         raise ValueError(f"give a method or its settings ({', '.join(settings)}), not both")
     chosen = method if method is not None else FKSteering(**settings)
     return SteeredPipeline(
-        pipe, verifier, chosen, kernel=kernel, eta=eta, decode=decode, budget=budget, micro_batch=micro_batch, keep_pictures=keep_pictures
+        pipe,
+        verifier,
+        chosen,
+        estimates=estimates,
+        kernel=kernel,
+        eta=eta,
+        decode=decode,
+        budget=budget,
+        micro_batch=micro_batch,
+        keep_pictures=keep_pictures,
     )

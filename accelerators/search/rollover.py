@@ -49,7 +49,8 @@ def rollover_levels(steps: int, spacing: str = "vp") -> list[float]:
 class RolloverBudget:
     """Chains that take the first proposal that is better than all before.
 
-    The published code returns the best of the last level; this returns the best ever. It runs a flow along a variance-preserving SDE; here
+    The published code returns the best of the last level; this finishes the best ever, or several of the best and returns the best of
+    those: the highest estimate need not become the best sample. It runs a flow along a variance-preserving SDE; here
     the generalised DDIM step does that at the same levels, since rescaling the path changes nothing in it.
 
     Attributes:
@@ -62,6 +63,7 @@ class RolloverBudget:
         reserve: Denoiser calls that are kept to denoise the winner to the end without noise. None keeps a full run's calls and spends
             its share from the winner's level. 0, as published, returns the one-shot estimate: for few-step models only, whose
             estimates are sharp at any level.
+        completions: How many of the best candidates are denoised to the end, each with a reserve of its own. The published code has one.
         kernel: The stochastic step.
 
     Raises:
@@ -75,10 +77,11 @@ class RolloverBudget:
     quota: int | None = None
     spacing: str = "vp"
     reserve: int | None = None
+    completions: int = 1
     kernel: Kernel = ddim_eta
 
     def __post_init__(self) -> None:
-        least = {"evaluations": 1, "chains": 1, "initial": 1, "max_steps": 2, "quota": 1, "reserve": 0}
+        least = {"evaluations": 1, "chains": 1, "initial": 1, "max_steps": 2, "quota": 1, "reserve": 0, "completions": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if name in ("quota", "reserve") and value is None:
@@ -94,7 +97,9 @@ class RolloverBudget:
         """See `SearchMethod`. Levels are shares of the path's top. A budget with nothing beside the reserve gives one plain sample."""
         levels = [task.path.top * level for level in rollover_levels(self.max_steps, self.spacing)]
         kept = task.steps if self.reserve is None else self.reserve
-        reserve = task.cost(1, kept, scored=kept > 0)
+        # Fewer are completed where the budget is small: no more than half of it goes there.
+        completions = max(1, min(self.completions, task.most(lambda count: task.cost(2 * count, kept), self.completions))) if kept else 1
+        reserve = task.cost(completions, kept, scored=kept > 0)
         total = task.most(lambda count: task.cost(count, 1) + reserve, self.evaluations)
         if total == 0:
             task.warnings.append("the budget has no evaluation beside the reserve; this is one plain sample")
@@ -109,7 +114,7 @@ class RolloverBudget:
             task.warnings.append(f"the time ran out after {len(pool)} of the first {len(noises)} evaluations")
         groups = [pool[i : i + initial] for i in range(0, len(pool), initial)]
         running = [_Chain(task, number, task.best(*group), quota) for number, group in enumerate(groups)]
-        best = task.best(*pool)
+        best = self._leading(task, pool, completions)
         left = total - len(pool)
         while left > 0 and len(pool) == len(noises):
             batch = running[:left]
@@ -119,7 +124,7 @@ class RolloverBudget:
             found = task.candidates(proposed, at, answer, [chain.step + 1 for chain in batch], [chain.state.node for chain in batch])
             for chain, candidate in zip(batch, found, strict=False):
                 chain.judge(candidate, may_advance=chain.step < self.max_steps - 2)
-                best = task.best(best, candidate)
+            best = self._leading(task, [*best, *found], completions)
             left -= len(found)
             if len(found) < len(batch):
                 task.warnings.append("the time ran out before the evaluations")
@@ -127,17 +132,26 @@ class RolloverBudget:
         task.facts |= {
             "quota": quota,
             "initial": initial,
+            "completions": completions if kept else 0,
             "granted": [chain.granted for chain in running],
             "used": [[*chain.consumed, chain.used] for chain in running],
         }
         if kept == 0:
-            return best
-        steps = max(1, math.ceil(task.steps * best.level)) if self.reserve is None else kept
-        answer = yield from task.explore(best.noise[None], best.level, 0.0, steps)
-        if not len(answer.x0):
+            return best[0]
+        finished: list[Candidate] = []
+        for candidate in best:
+            steps = max(1, math.ceil(task.steps * candidate.level)) if self.reserve is None else kept
+            answer = yield from task.explore(candidate.noise[None], candidate.level, 0.0, steps)
+            finished += task.candidates(candidate.noise[None], candidate.level, answer, self.max_steps + 1, [candidate.node])
+        if not finished:
             task.warnings.append("the time ran out before the completion; the sample is an estimate")
-            return best
-        return task.candidates(best.noise[None], best.level, answer, self.max_steps + 1, [best.node])[0]
+            return best[0]
+        return task.best(*finished)
+
+    @staticmethod
+    def _leading(task: Task, candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+        """The best `count`, best first."""
+        return task.ranked(candidates)[:count]
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Scorer:
         prompts: Of all P prompts.
         meter: Is charged before anything is done.
         micro_batch: Rows at a time; None for all.
+        estimates: Judges estimates in place of the verifier, which then judges finished samples alone; what the verifier says of itself
+            (its attribute `for_estimates`) unless told, else the verifier.
 
     Attributes:
         watch: Is given the images of every micro-batch, where it is set.
@@ -47,14 +49,23 @@ class Scorer:
         meter: Meter,
         decode: Callable[[Tensor], Tensor] | None = None,
         micro_batch: int | None = None,
+        estimates: Verifier | Callable[..., Tensor] | None = None,
     ) -> None:
         self.panel, self.prompts, self.meter, self.decode = Panel(as_verifier(verifier)), prompts, meter, decode
+        estimates = estimates if estimates is not None else getattr(verifier, "for_estimates", None)
+        self.estimates = self.panel if estimates is None else Panel(as_verifier(estimates))
         self.watch: Callable[[Tensor], None] | None = None
         self.micro_batch = checked_micro_batch(micro_batch)
 
-    def scores(self, latents: Tensor, owners: Tensor) -> Tensor:
+    @property
+    def calls(self) -> int:
+        """Verifier rows of one image, at the most."""
+        return max(self.panel.calls, self.estimates.calls)
+
+    def scores(self, latents: Tensor, owners: Tensor, finished: bool = True) -> Tensor:
         """Raw scores [n, size of the panel] in float64 on the CPU, of latents [n, ...] that belong to the prompts `owners` [n]."""
-        self.meter.charge(Cost(decodes=len(latents), verifier_rows=len(latents) * self.panel.calls))
+        panel = self.panel if finished else self.estimates
+        self.meter.charge(Cost(decodes=len(latents), verifier_rows=len(latents) * panel.calls))
         found = []
         with torch.no_grad():
             for rows in micro_batches(len(latents), self.micro_batch):
@@ -63,16 +74,17 @@ class Scorer:
                 if self.watch is not None:
                     self.watch(images)
                 with self.meter.timing("verify"):
-                    found.append(self.panel.scores(images, [self.prompts[int(p)] for p in owners[rows]]).to("cpu", torch.float64))
+                    found.append(panel.scores(images, [self.prompts[int(p)] for p in owners[rows]]).to("cpu", torch.float64))
         return torch.cat(found)
 
-    def rewards(self, latents: Tensor, owners: Tensor) -> Tensor:
+    def rewards(self, latents: Tensor, owners: Tensor, finished: bool = True) -> Tensor:
         """Values [n], every prompt's rows taken as one candidate set."""
-        scores = self.scores(latents, owners)
+        panel = self.panel if finished else self.estimates
+        scores = self.scores(latents, owners, finished)
         values = torch.empty(len(scores), dtype=torch.float64)
         for p in owners.unique().tolist():
             rows = owners == p
-            values[rows] = self.panel.values(scores[rows], [self.prompts[p]] * int(rows.sum())).double()
+            values[rows] = panel.values(scores[rows], [self.prompts[p]] * int(rows.sum())).double()
         return values
 
 
@@ -137,7 +149,7 @@ def steer(
     probe = torch.zeros(1, *shape)
     # The last step of many kernels draws nothing, so it is the first that tells.
     stochastic = kernel(probe, probe, schedule[0], schedule[1]).std > 0
-    controller = method.begin(Run(len(prompts), steps, meter, seed, stochastic, rows_per_step, scorer.panel.calls, scorer.panel.reward_std))
+    controller = method.begin(Run(len(prompts), steps, meter, seed, stochastic, rows_per_step, scorer.calls, scorer.panel.reward_std))
     particles = controller.particles
     streams = NoiseStreams(seed, len(prompts), particles)
     owners = torch.arange(len(prompts)).repeat_interleave(particles)
@@ -153,7 +165,7 @@ def steer(
         rewards = None
         if controller.scores_at(step):
             rewards = torch.full((len(owners),), -torch.inf, dtype=torch.float64)
-            rewards[rows] = scorer.rewards(x0[rows], owners[rows])
+            rewards[rows] = scorer.rewards(x0[rows], owners[rows], finished=False)
         action = controller.on_step(StepInfo(step, latents, x0, rewards))
         if action.index is not None:
             latents, x0 = latents[action.index], x0[action.index]

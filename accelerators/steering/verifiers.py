@@ -1,7 +1,8 @@
 """What judges images: a protocol, a check of what it returns, and verifiers that need no weights.
 
 A verifier is any callable from images (and prompts) to one score per image, higher is better; with the attributes of `Verifier` it also
-tells whether gradients pass and within what range its scores lie.
+tells whether gradients pass and within what range its scores lie. Two more may be there: `spread`, the standard deviation of its scores
+over plain samples of a prompt, and `for_estimates`, the verifier that judges estimates in its place while a sample is steered.
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ TAKES = {
 PAIRS = [(family, name) for family, names in TAKES.items() for name in names]
 HISTORY = ("ddim", "dpm++2m", "unipc", "euler", "heun", "deis", "pndm", *FLOW)
 """Deterministic ones, most with a history."""
+OF_STREAMS = [name for name, of in {**VP, **FLOW}.items() if SchedulerLevels(of()).draws_noise]
+"""Their noise comes from the particle's stream, and not from the call's generator as in a plain run."""
 
 
 def made(family: str, scheduler: str = "") -> tuple[Any, dict[str, Any]]:
@@ -150,12 +152,10 @@ def test_a_driver_that_does_nothing_changes_nothing(family: str, name: str) -> N
     assert type(pipe.scheduler) is kind and driver.calls == len(pipe.scheduler.timesteps)
 
 
-@pytest.mark.parametrize(("family", "name"), PAIRS)
+@pytest.mark.parametrize(("family", "name"), [pair for pair in PAIRS if pair[1] not in OF_STREAMS])
 def test_one_particle_that_is_left_alone_is_the_plain_sample(family: str, name: str) -> None:
     """Everything is in place: the rows, the denoiser's wrapper, the estimates, the last step's choice."""
     pipe, call = made(family, name)
-    if SchedulerLevels(pipe.scheduler).draws_noise:
-        pytest.skip("its noise comes from the particle's stream, not from the call's generator")
     assert torch.equal(run(steered(pipe, Scripted(1)), call), run(pipe, call))
 
 
@@ -285,6 +285,36 @@ def test_prompts_are_encoded_once(tiny_pipeline_folder: Any) -> None:
     before = len(batches)
     method(["a red circle", "a blue square"], num_inference_steps=4, use_resolution_binning=False)
     assert len(batches) == before
+
+
+def test_estimates_may_have_a_judge_of_their_own() -> None:
+    """It steers; the choice among finished samples, and what is reported of them, is the verifier's."""
+    pipe, call = made("pixart")
+
+    @dataclass
+    class Judge:
+        sign: float
+        calls: list[int] = field(default_factory=list)
+        for_estimates: Any = None
+        differentiable = False
+        range_hint = None
+
+        def score(self, images: Tensor, prompts: Any) -> Tensor:
+            self.calls.append(len(images))
+            return self.sign * mean(images)
+
+    fk = FKSteering(3, start=0.3, end=0.7, every=0.2, lambda_=50.0, select="all")
+    strict, loose = Judge(-1.0), Judge(1.0)
+    target = steered(pipe, fk, strict, estimates=loose)
+    out = run(target, call)
+    assert strict.calls == [3] and set(loose.calls) == {3} and target.selection is not None
+    assert target.report is not None and target.report.meter.spent.verifier_rows == 3 + sum(loose.calls)
+    torch.testing.assert_close(target.selection.rewards[0].sort(descending=True).values, -mean(out))
+    # What a verifier says of itself is the same; and either can be told to judge both.
+    assert torch.equal(run(steered(pipe, fk, Judge(-1.0, for_estimates=Judge(1.0))), call), out)
+    both = run(steered(pipe, fk, Judge(1.0)), call)
+    assert torch.equal(both.flip(0), out), "the same particles, in the other order"
+    assert torch.equal(run(steered(pipe, fk, Judge(1.0, for_estimates=loose), estimates=Judge(1.0)), call), both)
 
 
 def test_the_decoder_is_the_pipelines_own(tiny_pipeline_folder: Any) -> None:

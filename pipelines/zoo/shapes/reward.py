@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class ShapesReward:
     range_hint = (0.0, 1.0)
     spread = 0.1
     """One thing of eleven that is wrong."""
+
+    @property
+    def for_estimates(self) -> ShapesReward | None:
+        """Estimates are judged by the tolerance alone: the rest of their score would only say how blurred they still are."""
+        return replace(self, exact=0.0) if self.exact else None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [N] in float64 of images [N, 3, 64, 64] in 0 to 1.

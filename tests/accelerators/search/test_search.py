@@ -35,6 +35,7 @@ METHODS: list[SearchMethod] = [
     SearchOverPaths(),
     SearchOverPaths(paths=3, branches=2, keep="each", start=0.11),
     RolloverBudget(evaluations=60, initial=4),
+    RolloverBudget(evaluations=60, initial=4, completions=3),
     RolloverBudget(evaluations=60, chains=1, initial=4, reserve=0, spacing="even"),
 ]
 STEPS = 10
@@ -125,6 +126,7 @@ methods = st.one_of(
         st.integers(2, 6),
         quota=st.sampled_from([None, 1, 5]),
         reserve=st.sampled_from([None, 0, 3]),
+        completions=st.integers(1, 4),
     ),
 )
 
@@ -389,6 +391,30 @@ def test_the_winner_is_denoised_to_the_end_from_its_level() -> None:
     world = World()
     run(RolloverBudget(evaluations=40, initial=3, reserve=6), evaluate=world.evaluate)
     assert world.calls[-1][3] == 6
+
+
+def test_of_several_that_are_finished_the_best_sample_wins() -> None:
+    """The verifier likes estimates that finish badly: it wants another place of finished samples."""
+    world = World()
+
+    def judge(images: Tensor) -> Tensor:
+        finished = world.calls[-1][2] == 0.0
+        return -closeness(images) if finished else closeness(images)
+
+    one = run(RolloverBudget(evaluations=40, initial=3), evaluate=world.evaluate, verifier=judge)
+    world.calls.clear()
+    several = run(RolloverBudget(evaluations=40, initial=3, completions=3), evaluate=world.evaluate, verifier=judge)
+    ends = [call for call in world.calls if call[2] == 0.0]
+    assert len(ends) == 3 and sum(rows for rows, *_ in ends) == 3
+    nodes = several.report.lineage.nodes
+    finished = sorted(node.reward for node in nodes[-3:])
+    assert several.report.rewards[0] == finished[-1] > one.report.rewards[0]
+    # The parents are the three best estimates.
+    estimates = sorted((node.reward for node in nodes[:-3]), reverse=True)
+    assert [nodes[node.parent].reward for node in nodes[-3:]] == estimates[:3]
+    # Where the budget is small, at most half of it goes into finishing.
+    small = run(RolloverBudget(completions=5), evaluate=World().evaluate, budget=Budget(particle_steps=4 * STEPS))
+    assert small.report.facts["completions"] == 2 and small.report.meter.spent.particle_steps <= 4 * STEPS
 
 
 def test_levels_are_shares_of_the_paths_top() -> None:
