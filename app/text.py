@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.app.errors import BadInput
+from hasten.app.options import parse_settings
 from hasten.app.output import Outcome
 
 if TYPE_CHECKING:
@@ -96,15 +96,7 @@ def schedule_of(name: str, settings: Sequence[str]) -> Schedule | FreeDave:
 
     if name not in (*SCHEDULERS, *WITHOUT_A_SCHEDULER):
         raise BadInput(f"--schedule must be one of {', '.join((*SCHEDULERS, *WITHOUT_A_SCHEDULER))}, not {name!r}")
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise BadInput(f"--set must be NAME=VALUE, such as threshold=0.9, not {setting!r}")
-        try:
-            values[key.strip()] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key.strip()] = text.strip()
+    values = parse_settings(settings, "threshold=0.9")
     try:
         if name == "wino":
             return WINO(**values)
