@@ -69,6 +69,7 @@ BENCHMARKS = {
     "caching-compiled": "compiled",
     "decoding": "decoding",
     "steering": "steering",
+    "kernels": "kernels",
 }
 """Their modules in `hasten.benchmarks`."""
 
@@ -466,8 +467,24 @@ def plan_diff(
 
 
 @app.command()
-def doctor(json: JsonFlag = False) -> None:
-    """List versions, devices and models: what is here, and what to install for the rest."""
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compile the CUDA kernels, check and time them on the present device (a minute or two).")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """List versions, devices and models: what is here, and what to install for the rest.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten doctor
+    hasten doctor --kernels --json
+    """
+    if kernels:
+        from hasten.app.kernel_check import doctor_kernels
+
+        _finish(doctor_kernels(), json)
     from hasten.app.doctor import doctor as work
 
     _finish(work(), json)
@@ -553,7 +570,7 @@ def bench(
     and fewer steps (about an hour; the others' packages come with \\[bench]). caching-policy: BAC and the planner in a robot's policy.
     caching-cachequant: the parts of CacheQuant on a UNet. caching-compiled: caching with blocks compiled by torch.compile.
     decoding: every schedule of text diffusion, for answers and for forwards. steering: FK, halving and noise search beside best-of-N in
-    equal time (about half an hour).
+    equal time (about half an hour). kernels: the fused CUDA kernels on a GPU, checked, then timed beside PyTorch (ten minutes).
     """
     from importlib import import_module
 

@@ -7,8 +7,6 @@ import platform
 import re
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from hasten._version import __version__
@@ -66,15 +64,6 @@ def within(version: str, wanted: str) -> bool:
     return all(compare[sign](numbers(version), numbers(bound)) for sign, bound in clauses)
 
 
-def find_nvrtc() -> Path | None:
-    """The run-time compiler for CUDA that comes with torch's CUDA wheels, or with a toolkit; None if there is none."""
-    roots = [Path(place) for name in ("nvidia", "torch") if (spec := find_spec(name)) for place in spec.submodule_search_locations or ()]
-    roots += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    roots += [path for path in (Path("/usr/local/cuda"),) if path.is_dir()]
-    places = [folder for root in roots for pattern in ("lib", "lib64", "bin", "*/lib", "*/bin") for folder in root.glob(pattern)]
-    return next((file for folder in places for pattern in ("libnvrtc.so*", "nvrtc64*.dll") for file in sorted(folder.glob(pattern))), None)
-
-
 def examine() -> list[Finding]:
     """Everything, in the order in which it is shown."""
     findings = [
@@ -119,6 +108,8 @@ def _devices() -> list[Finding]:
     if version_of("torch") is None:
         return []
     import torch
+
+    from hasten.kernels.nvrtc import find_nvrtc
 
     cores = os.cpu_count() or 1
     found = [Finding("devices", "cpu", "ok", f"{cores} cores, {torch.get_num_threads()} threads for torch (OMP_NUM_THREADS sets them)")]

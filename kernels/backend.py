@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Concatenate, ParamSpec
 
 import torch
 
@@ -13,8 +14,7 @@ from hasten.kernels.cubins import Cubins
 from hasten.kernels.driver import Driver, DriverError, Kernels
 from hasten.kernels.nvrtc import CompileError
 
-Launch = Callable[[Kernels, int], None]
-"""Puts one or more kernels on a stream, given by its handle."""
+P = ParamSpec("P")
 
 
 class Backend:
@@ -33,13 +33,17 @@ class Backend:
         self._kernels: Kernels | None = None
         self.broken: str | None = None
 
-    def run(self, launch: Launch) -> bool:
-        """Whether the launch went through. If not, a warning has said why, and no further one is tried."""
+    def run(self, launch: Callable[Concatenate[Kernels, int, P], None], *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Whether the launch went through. If not, a warning has said why, and no further one is tried.
+
+        Args:
+            launch: Puts kernels on a stream, given by its handle; the rest are its other arguments.
+        """
         if self.broken is None:
             try:
                 if self._kernels is None:
                     self._kernels = self._make()
-                launch(self._kernels, self._stream())
+                launch(self._kernels, self._stream(), *args, **kwargs)
                 return True
             except (CompileError, DriverError) as error:
                 self.broken = str(error)

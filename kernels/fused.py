@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels import launch
+from hasten.kernels.arguments import Fix, Grid, Modulation, Noise, Norm, Selection, Weight
 from hasten.kernels.backend import Backend
 from hasten.kernels.products import int_product
 
@@ -23,15 +24,10 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def delta_apply(
-    backend: Backend,
-    hidden_states: Tensor,
-    values: Tensor,
-    scale: Tensor | None = None,
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
+    backend: Backend, hidden_states: Tensor, values: Tensor, scale: Tensor | None = None, fix: Fix | None = None
 ) -> Tensor | None:
     """See `reference.delta_apply`."""
-    return forecast_apply(backend, hidden_states, [values], [] if scale is None else [scale], [1.0], fix_scale, fix_shift)
+    return forecast_apply(backend, hidden_states, [values], [] if scale is None else [scale], [1.0], fix)
 
 
 def forecast_apply(
@@ -40,8 +36,7 @@ def forecast_apply(
     values: Sequence[Tensor],
     scales: Sequence[Tensor],
     weights: Sequence[float],
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
+    fix: Fix | None = None,
 ) -> Tensor | None:
     """See `reference.forecast_apply`."""
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
@@ -50,9 +45,7 @@ def forecast_apply(
     x, offsets = as_rows(hidden_states), [as_rows(value) for value in values]
     by_token = bool(scales) and scales[0].shape[-1] == 1 and scales[0].numel() == x.shape[0] * x.shape[1]
     scales = [scale.contiguous() for scale in scales]
-    fix = None if fix_scale is None or fix_shift is None else (fix_scale.contiguous(), fix_shift.contiguous())
-    rows = as_rows(out)
-    ran = backend.run(lambda kernels, stream: launch.apply(kernels, stream, rows, x, offsets, scales, weights, fix, by_token=by_token))
+    ran = backend.run(launch.apply, as_rows(out), x, offsets, scales, weights, _dense_fix(fix), by_token=by_token)
     return out if ran else None
 
 
@@ -70,10 +63,9 @@ def delta_store(backend: Backend, after: Tensor, before: Tensor, kind: str, by_c
         values, scale = _like(after, EIGHT_BITS[kind]), torch.empty(shape, device=after.device)
     if values.numel() == 0:
         return values, scale
-    x, y, out = as_rows(after), as_rows(before), as_rows(values)
     peaks = torch.zeros(shape, dtype=torch.int32, device=after.device) if by_channel and shape is not None else None
     kept = None if shape is None else scale
-    return (values, scale) if backend.run(lambda kernels, stream: launch.store(kernels, stream, out, kept, x, y, peaks)) else None
+    return (values, scale) if backend.run(launch.store, as_rows(values), kept, as_rows(after), as_rows(before), peaks) else None
 
 
 def quantise_rows(backend: Backend, x: Tensor, kind: str) -> tuple[Tensor, Tensor] | None:
@@ -81,67 +73,36 @@ def quantise_rows(backend: Backend, x: Tensor, kind: str) -> tuple[Tensor, Tenso
     values, scale = _like(x, EIGHT_BITS[kind]), torch.empty((*x.shape[:-1], 1), device=x.device)
     if values.numel() == 0:
         return values, scale
-    rows, out = as_rows(x), as_rows(values)
-    return (values, scale) if backend.run(lambda kernels, stream: launch.store(kernels, stream, out, scale, rows, None)) else None
+    return (values, scale) if backend.run(launch.store, as_rows(values), scale, as_rows(x), None) else None
 
 
-def gated_residual_adaln(
-    backend: Backend,
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor] | None:
+def gated_residual_adaln(backend: Backend, residual: Tensor, y: Tensor, modulation: Modulation, norm: Norm) -> tuple[Tensor, Tensor] | None:
     """See `reference.gated_residual_adaln`."""
     x, out = _like(residual), _like(residual)
-    return (x, out) if _adaln(backend, x, out, None, residual, y, (gate, scale, shift), (weight, bias), eps, rms) else None
+    return (x, out) if _adaln(backend, x, out, None, residual, y, modulation, norm) else None
 
 
 def gated_residual_adaln_quant(
-    backend: Backend,
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    kind: str,
+    backend: Backend, residual: Tensor, y: Tensor, modulation: Modulation, norm: Norm, kind: str
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `reference.gated_residual_adaln_quant`."""
     x, values = _like(residual), _like(residual, EIGHT_BITS[kind])
     row_scale = torch.empty((*residual.shape[:-1], 1), device=residual.device)
-    ran = _adaln(backend, x, values, row_scale, residual, y, (gate, scale, shift), (weight, bias), eps, rms)
-    return (x, values, row_scale) if ran else None
+    return (x, values, row_scale) if _adaln(backend, x, values, row_scale, residual, y, modulation, norm) else None
 
 
 def _adaln(
-    backend: Backend,
-    x: Tensor,
-    out: Tensor,
-    row_scale: Tensor | None,
-    residual: Tensor,
-    y: Tensor,
-    modulation: tuple[Tensor | None, Tensor | None, Tensor | None],
-    affine: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    rms: bool,
+    backend: Backend, x: Tensor, out: Tensor, row_scale: Tensor | None, residual: Tensor, y: Tensor, modulation: Modulation, norm: Norm
 ) -> bool:
+    """Fills x, out and where there are 8 bits row_scale; whether it could."""
     if x.numel() == 0:
         return True
     kinds = {table.dtype for table in modulation if table is not None}
     kind = residual.dtype if kinds <= {residual.dtype} else torch.float32
-    gate, scale, shift = (None if t is None else as_rows(t.to(kind).expand(residual.shape)) for t in modulation)
-    weight, bias = (None if t is None else t.float().contiguous() for t in affine)
-    rows = as_rows(x), as_rows(out), row_scale, as_rows(residual), as_rows(y)
-    return backend.run(lambda kernels, stream: launch.adaln(kernels, stream, *rows, (gate, scale, shift), (weight, bias), eps, rms))
+    tables = Modulation(*(None if t is None else as_rows(t.to(kind).expand(residual.shape)) for t in modulation))
+    weight, bias = (None if t is None else t.float().contiguous() for t in norm[:2])
+    norm = norm._replace(weight=weight, bias=bias)
+    return backend.run(launch.adaln, as_rows(x), as_rows(out), row_scale, as_rows(residual), as_rows(y), tables, norm)
 
 
 def gelu_quant(backend: Backend, x: Tensor, activation: str, kind: str) -> tuple[Tensor, Tensor] | None:
@@ -151,48 +112,31 @@ def gelu_quant(backend: Backend, x: Tensor, activation: str, kind: str) -> tuple
     scale = torch.empty((*shape[:-1], 1), device=x.device)
     if values.numel() == 0:
         return values, scale
-    rows, out = as_rows(x), as_rows(values)
-    return (values, scale) if backend.run(lambda kernels, stream: launch.gelu(kernels, stream, out, scale, rows, activation)) else None
+    return (values, scale) if backend.run(launch.gelu, as_rows(values), scale, as_rows(x), activation) else None
 
 
 def int8_linear(
-    backend: Backend,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    sums: Tensor | None = None,
-    smooth: Tensor | None = None,
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
-    activation: str = "none",
+    backend: Backend, x: Tensor, weight: Weight, grid: Grid | None = None, fix: Fix | None = None, activation: str = "none"
 ) -> Tensor | None:
     """See `reference.int8_linear`."""
-    out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
+    out = torch.empty((*x.shape[:-1], len(weight.values)), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     flat = x.reshape(-1, x.shape[-1])
-    row_scale, grid = None, None
-    if scale is None or zero is None or sums is None:
+    row_scale = None
+    if grid is None:
         quantised = quantise_rows(backend, flat, "int8")
         if quantised is None:
             return None
         values, row_scale = quantised
     else:
-        values, grid = _like(flat, torch.int8), (scale.contiguous(), zero.contiguous(), sums.contiguous())
-        smooth = None if smooth is None else smooth.contiguous()
-        rows, made = as_rows(flat), as_rows(values)
-        if not backend.run(lambda kernels, stream: launch.fixed_grid(kernels, stream, made, rows, grid[0], grid[1], smooth)):
+        grid = Grid(*(None if table is None else table.contiguous() for table in grid))  # type: ignore[arg-type]
+        values = _like(flat, torch.int8)
+        if not backend.run(launch.fixed_grid, as_rows(values), as_rows(flat), grid):
             return None
-    products = int_product(values, weight)
-    factor, bias = weight_scale.contiguous(), None if bias is None else bias.contiguous()
-    fix = None if fix_scale is None or fix_shift is None else (fix_scale.contiguous(), fix_shift.contiguous())
-    whole = out.view(-1, len(weight))
-    ran = backend.run(
-        lambda kernels, stream: launch.dequantise(kernels, stream, whole, products, row_scale, grid, factor, bias, fix, activation)
-    )
+    products = int_product(values, weight.values)
+    weight = weight._replace(scale=weight.scale.contiguous(), bias=None if weight.bias is None else weight.bias.contiguous())
+    ran = backend.run(launch.dequantise, out.view(products.shape), products, row_scale, grid, weight, _dense_fix(fix), activation)
     return out if ran else None
 
 
@@ -206,8 +150,7 @@ def drift(backend: Backend, now: Tensor, before: Tensor, threshold: float) -> tu
     now, before = (t if t.stride(1) == 1 else t.contiguous() for t in (now, before))
     parts = torch.empty(2 * batch * -(-now.shape[1] // (8 * launch.THREADS)), device=device)
     arrived = torch.zeros(batch, dtype=torch.int32, device=device)
-    ran = backend.run(lambda kernels, stream: launch.drift(kernels, stream, sums, still, now, before, threshold, parts, arrived))
-    return (sums, still) if ran else None
+    return (sums, still) if backend.run(launch.drift, sums, still, now, before, threshold, parts, arrived) else None
 
 
 def reindex(backend: Backend, tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor] | None:
@@ -218,25 +161,16 @@ def reindex(backend: Backend, tensors: Sequence[Tensor], rows: Tensor) -> list[T
         pairs = [(out, t.contiguous()) for out, t in zip(outs, tensors, strict=True) if len(t) == batch and out.numel()]
         if not pairs:
             continue
-        made, sources = [out for out, _ in pairs], [t for _, t in pairs]
-        if not backend.run(lambda kernels, stream, made=made, sources=sources: launch.reindex(kernels, stream, made, sources, rows)):  # type: ignore[misc]
+        if not backend.run(launch.reindex, [out for out, _ in pairs], [t for _, t in pairs], rows):
             return None
     return outs
 
 
 def token_stats(
-    backend: Backend,
-    logits: Tensor,
-    current: Tensor,
-    suppressed: Sequence[int],
-    divisor: float = 1.0,
-    noise: float = 0.0,
-    seeds: Tensor | None = None,
-    positions: Tensor | None = None,
-    steps: Tensor | None = None,
+    backend: Backend, logits: Tensor, current: Tensor, suppressed: Sequence[int], divisor: float = 1.0, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """See `reference.token_stats`."""
-    return _tokens(backend, logits, current, suppressed, divisor, noise, (seeds, positions, steps), None)
+    return _tokens(backend, logits, current, suppressed, divisor, noise)
 
 
 def token_commit(
@@ -244,22 +178,15 @@ def token_commit(
     logits: Tensor,
     current: Tensor,
     suppressed: Sequence[int],
-    active: Tensor | None,
-    mask: int,
-    threshold: float,
-    minimum: int,
-    score: str,
+    selection: Selection,
     divisor: float = 1.0,
-    noise: float = 0.0,
-    seeds: Tensor | None = None,
-    positions: Tensor | None = None,
-    steps: Tensor | None = None,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """See `reference.token_commit`."""
     commits, after = torch.empty_like(current, dtype=torch.bool).contiguous(), torch.empty_like(current).contiguous()
-    active = None if active is None else active.contiguous()
-    selection = commits, after, active, mask, threshold, minimum, score
-    made = _tokens(backend, logits, current, suppressed, divisor, noise, (seeds, positions, steps), selection)
+    active = None if selection.active is None else selection.active.contiguous()
+    committing = launch.Committing(selection._replace(active=active), commits, after)
+    made = _tokens(backend, logits, current, suppressed, divisor, noise, committing)
     return None if made is None else (*made, commits, after)
 
 
@@ -269,10 +196,10 @@ def _tokens(
     current: Tensor,
     suppressed: Sequence[int],
     divisor: float,
-    noise: float,
-    key: tuple[Tensor | None, Tensor | None, Tensor | None],
-    selection: tuple[Tensor, Tensor, Tensor | None, int, float, int, str] | None,
+    noise: Noise | None,
+    committing: launch.Committing | None = None,
 ) -> tuple[Tensor, Tensor] | None:
+    """(ids, numbers), or None where no kernel runs."""
     if len(suppressed) > launch.SUPPRESSED:
         return None
     rows, width, vocabulary = logits.shape
@@ -285,17 +212,15 @@ def _tokens(
     parts = torch.empty(rows * width * pieces * 8, dtype=torch.int32, device=device)
     arrived = torch.zeros(rows, dtype=torch.int32, device=device)
     z = logits if logits.stride(-1) == 1 or vocabulary == 1 else logits.contiguous()
-    shown = current.contiguous()
-    seeds, positions, steps = key
-    drawn = None
-    if noise and seeds is not None and positions is not None and steps is not None:
-        drawn = noise, seeds.contiguous(), positions.expand(rows, width).contiguous(), steps.contiguous()
-    ran = backend.run(
-        lambda kernels, stream: launch.tokens(
-            kernels, stream, ids, numbers, z, shown, suppressed, divisor, drawn, selection, parts, arrived
-        )
-    )
+    if noise is not None:
+        tables = noise.seeds, noise.positions.expand(rows, width), noise.steps
+        noise = Noise(noise.scale, *(table.contiguous() for table in tables))
+    ran = backend.run(launch.tokens, ids, numbers, z, current.contiguous(), suppressed, divisor, noise, committing, parts, arrived)
     return (ids, numbers) if ran else None
+
+
+def _dense_fix(fix: Fix | None) -> Fix | None:
+    return None if fix is None else Fix(fix.scale.contiguous(), fix.shift.contiguous())
 
 
 def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hasten.kernels.arguments import Fix, Grid, Modulation, Noise, Norm, Selection, Weight
 from hasten.kernels.driver import Kernels, Size
 
 NAMES = {
@@ -100,7 +101,7 @@ def apply(
     offsets: Sequence[Tensor],
     scales: Sequence[Tensor],
     weights: Sequence[float],
-    fix: tuple[Tensor, Tensor] | None,
+    fix: Fix | None,
     *,
     by_token: bool = True,
 ) -> None:
@@ -112,7 +113,7 @@ def apply(
         offsets: One to three of x's shape: x's type, bfloat16, int8 or float8_e4m3fn, all alike.
         scales: One for each offset, float32, dense; none where offsets are the values themselves.
         weights: One for each offset.
-        fix: (scale, shift) float32 [groups, C], each group for as many samples, or None.
+        fix: Of the sum, dense, or None.
         by_token: Scales are [B, T, 1], else [B, 1, C].
     """
     batch, tokens, channels = x.shape
@@ -134,12 +135,12 @@ def apply(
         args.offset[k], args.weight[k] = Rows.of(offset), weight
         args.scale[k] = scales[k].data_ptr() if scales else None
     if fix is not None:
-        groups = fix[0].numel() // channels
+        groups = fix.scale.numel() // channels
         if groups < 1 or batch % groups:
             raise ValueError(f"fix must have groups that {batch} samples can be shared among, not {groups}")
         for table in fix:
             _dense("fix", table, groups * channels, torch.float32)
-        args.group, args.fix_scale, args.fix_shift = batch // groups, fix[0].data_ptr(), fix[1].data_ptr()
+        args.group, args.fix_scale, args.fix_shift = batch // groups, fix.scale.data_ptr(), fix.shift.data_ptr()
     tables = [*(() if by_token else scales), *(fix or ())]
     width = _width(x.dtype, channels, x, out, *offsets, *tables)
     grid, block = _elementwise(batch * tokens, channels // width)
@@ -222,10 +223,8 @@ def adaln(
     row_scale: Tensor | None,
     residual: Tensor,
     y: Tensor,
-    modulation: tuple[Tensor | None, Tensor | None, Tensor | None],
-    affine: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    rms: bool,
+    modulation: Modulation,
+    norm: Norm,
 ) -> None:
     """x = residual + gate * y; out = norm(x) * (1 + scale) + shift.
 
@@ -233,10 +232,8 @@ def adaln(
         x: [B, T, C], dense, of residual's type.
         out: The same, or int8 or float8_e4m3fn with `row_scale` float32 [B, T, 1].
         residual, y: [B, T, C] of one type.
-        modulation: (gate, scale, shift) [B, T, C] of residual's type or all float32, strides of 0 where they are shared; or None.
-        affine: (weight, bias) of the norm, float32 [C], or None.
-        eps: Added to the variance.
-        rms: The root mean square is taken, no mean taken off.
+        modulation: [B, T, C] of residual's type or all float32, strides of 0 where they are shared.
+        norm: Its tables are float32, dense.
     """
     batch, tokens, channels = residual.shape
     _accept("residual", residual)
@@ -244,17 +241,17 @@ def adaln(
     _dense("x", x, residual.numel(), residual.dtype)
     _dense("out", out, residual.numel(), out.dtype)
     args = _Adaln(Rows.of(residual), Rows.of(y), batch=batch, tokens=tokens, channels=channels, x=x.data_ptr(), out=out.data_ptr())
-    args.eps, args.rms, args.bits = eps, rms, {torch.int8: 1, torch.float8_e4m3fn: 2}.get(out.dtype, 0)
+    args.eps, args.rms, args.bits = norm.eps, norm.rms, {torch.int8: 1, torch.float8_e4m3fn: 2}.get(out.dtype, 0)
     if row_scale is not None:
         _dense("row_scale", row_scale, batch * tokens, torch.float32)
         args.row_scale = row_scale.data_ptr()
     given = [residual, y, x, out]
-    for name, table in zip(("gate", "scale", "shift"), modulation, strict=True):
+    for name, table in modulation._asdict().items():
         if table is not None:
             _accept(name, table, residual.shape)
             setattr(args, name, Rows.of(table))
             given.append(table)
-    for name, table in zip(("weight", "bias"), affine, strict=True):
+    for name, table in (("weight", norm.weight), ("bias", norm.bias)):
         if table is not None:
             _dense(name, table, channels, torch.float32)
             setattr(args, name, table.data_ptr())
@@ -294,33 +291,32 @@ def gelu(kernels: Kernels, stream: int, values: Tensor, scale: Tensor, x: Tensor
 # ---------------------------------------------------------------------------------------------------------- int8 products
 
 
-class _Grid(ctypes.Structure):
+class _FixedGrid(ctypes.Structure):
     _fields_: ClassVar = [
         ("x", Rows), ("values", c_void_p), ("scale", c_void_p), ("zero", c_void_p), ("smooth", c_void_p),
         ("batch", c_int64), ("tokens", c_int64), ("channels", c_int64),
     ]  # fmt: skip
 
 
-def fixed_grid(kernels: Kernels, stream: int, values: Tensor, x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None) -> None:
+def fixed_grid(kernels: Kernels, stream: int, values: Tensor, x: Tensor, grid: Grid) -> None:
     """x / smooth = scale * (values - zero).
 
     Args:
         values: int8 [B, T, C], dense.
         x: [B, T, C].
-        scale, zero: float32 [1].
-        smooth: float32 [C], or None.
+        grid: Dense.
     """
     batch, tokens, channels = x.shape
     _accept("x", x)
     _dense("values", values, x.numel(), torch.int8)
-    _dense("scale", scale, 1, torch.float32)
-    _dense("zero", zero, 1, torch.float32)
-    args = _Grid(Rows.of(x), values.data_ptr(), scale.data_ptr(), zero.data_ptr(), None, batch, tokens, channels)
+    _dense("scale", grid.scale, 1, torch.float32)
+    _dense("zero", grid.zero, 1, torch.float32)
+    args = _FixedGrid(Rows.of(x), values.data_ptr(), grid.scale.data_ptr(), grid.zero.data_ptr(), None, batch, tokens, channels)
     given = [x, values]
-    if smooth is not None:
-        _dense("smooth", smooth, channels, torch.float32)
-        args.smooth = smooth.data_ptr()
-        given.append(smooth)
+    if grid.smooth is not None:
+        _dense("smooth", grid.smooth, channels, torch.float32)
+        args.smooth = grid.smooth.data_ptr()
+        given.append(grid.smooth)
     width = _width(x.dtype, channels, *given)
     kernels.launch("linear", f"grid_{NAMES[x.dtype]}_{width}", *_elementwise(batch * tokens, channels // width), args, stream)
 
@@ -339,10 +335,9 @@ def dequantise(
     out: Tensor,
     products: Tensor,
     row_scale: Tensor | None,
-    grid: tuple[Tensor, Tensor, Tensor] | None,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    fix: tuple[Tensor, Tensor] | None,
+    grid: Grid | None,
+    weight: Weight,
+    fix: Fix | None,
     activation: str,
 ) -> None:
     """out = activation(fix(products, brought back to floats, + bias)).
@@ -351,38 +346,36 @@ def dequantise(
         out: [rows, columns], dense.
         products: int32 [rows, columns], columns next to each other.
         row_scale: float32 [rows], or None where `grid` is given.
-        grid: (scale [1], zero [1], sums int32 [columns]), or None.
-        weight_scale: float32 [columns].
-        bias: [columns], float32 or of out's type, or None.
-        fix: (scale, shift) float32 [columns], or None.
+        grid: On which the activations were, dense, or None.
+        weight: Its scale is dense, and its bias dense and float32 or of out's type.
+        fix: Of the output, dense, or None.
         activation: One of `ACTIVATIONS`.
     """
     rows, columns = out.shape
     if products.shape != out.shape or products.dtype != torch.int32 or (columns > 1 and products.stride(1) != 1):
         raise ValueError(f"products must be int32 {list(out.shape)}, not {products.dtype} {list(products.shape)}")
     _dense("out", out, rows * columns, out.dtype)
-    _dense("weight_scale", weight_scale, columns, torch.float32)
-    args = _Linear(products.data_ptr(), out.data_ptr(), weight_scale=weight_scale.data_ptr(), rows=rows, columns=columns)
+    _dense("weight_scale", weight.scale, columns, torch.float32)
+    args = _Linear(products.data_ptr(), out.data_ptr(), weight_scale=weight.scale.data_ptr(), rows=rows, columns=columns)
     args.stride, args.activation = products.stride(0), ACTIVATIONS.index(activation)
-    given = [products, out, weight_scale]
+    given = [products, out, weight.scale]
     if row_scale is not None:
         _dense("row_scale", row_scale, rows, torch.float32)
         args.row_scale = row_scale.data_ptr()
     elif grid is not None:
-        for name, table, size, dtype in zip(
-            ("scale", "zero", "sums"), grid, (1, 1, columns), (*[torch.float32] * 2, torch.int32), strict=True
-        ):
-            _dense(name, table, size, dtype)
-            setattr(args, name, table.data_ptr())
-        given.append(grid[2])
+        _dense("scale", grid.scale, 1, torch.float32)
+        _dense("zero", grid.zero, 1, torch.float32)
+        _dense("sums", grid.sums, columns, torch.int32)
+        args.scale, args.zero, args.sums = grid.scale.data_ptr(), grid.zero.data_ptr(), grid.sums.data_ptr()
+        given.append(grid.sums)
     else:
         raise ValueError("row_scale or grid must be given, not neither")
-    if bias is not None:
-        _dense("bias", bias, columns, torch.float32 if bias.dtype == torch.float32 else out.dtype)
-        args.bias, args.bias_is_float = bias.data_ptr(), bias.dtype == torch.float32
-        given.append(bias)
+    if weight.bias is not None:
+        _dense("bias", weight.bias, columns, torch.float32 if weight.bias.dtype == torch.float32 else out.dtype)
+        args.bias, args.bias_is_float = weight.bias.data_ptr(), weight.bias.dtype == torch.float32
+        given.append(weight.bias)
     if fix is not None:
-        for name, table in zip(("fix_scale", "fix_shift"), fix, strict=True):
+        for name, table in (("fix_scale", fix.scale), ("fix_shift", fix.shift)):
             _dense(name, table, columns, torch.float32)
             setattr(args, name, table.data_ptr())
             given.append(table)
@@ -498,6 +491,20 @@ class _Tokens(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Committing(NamedTuple):
+    """A selection and where its result goes.
+
+    Attributes:
+        selection: Its `active` is dense.
+        commits: bool [R, W], dense.
+        after: int64 [R, W], dense.
+    """
+
+    selection: Selection
+    commits: Tensor
+    after: Tensor
+
+
 def tokens(
     kernels: Kernels,
     stream: int,
@@ -507,8 +514,8 @@ def tokens(
     current: Tensor,
     suppressed: Sequence[int],
     divisor: float,
-    noise: tuple[float, Tensor, Tensor, Tensor] | None,
-    selection: tuple[Tensor, Tensor, Tensor | None, int, float, int, str] | None,
+    noise: Noise | None,
+    committing: Committing | None,
     parts: Tensor,
     arrived: Tensor,
 ) -> None:
@@ -521,8 +528,8 @@ def tokens(
         current: int64 [R, W], dense.
         suppressed: Ids that are never chosen.
         divisor: By which logits are divided.
-        noise: (its scale, seeds int64 [R], positions int64 [R, W], steps int64 [R]), or None.
-        selection: (commits bool [R, W], after int64 [R, W], active bool [R, W] or None, mask id, threshold, minimum, score), or None.
+        noise: Dense, its positions [R, W]; or None.
+        committing: What is selected in the same launch, or None.
         parts: int32 [R, W, pieces of a vocabulary, 8], scratch memory.
         arrived: int32 [R] of zeros, scratch memory; zeros again afterwards.
     """
@@ -543,19 +550,19 @@ def tokens(
     args.rows, args.width, args.vocabulary, args.pieces = rows, width, vocabulary, pieces
     args.suppress[: len(suppressed)] = list(suppressed)
     if noise is not None:
-        args.noise = noise[0]
-        for name, table, size in zip(("seeds", "positions", "steps"), noise[1:], (rows, rows * width, rows), strict=True):
-            _dense(name, table, size, torch.int64)
+        args.noise = noise.scale
+        for name, table in (("seeds", noise.seeds), ("positions", noise.positions), ("steps", noise.steps)):
+            _dense(name, table, rows * width if name == "positions" else rows, torch.int64)
             setattr(args, name, table.data_ptr())
-    if selection is not None:
-        commits, after, active, args.mask, args.threshold, args.minimum, score = selection
-        args.score = SCORES.index(score)
+    if committing is not None:
+        selection, commits, after = committing
+        args.mask, args.threshold, args.minimum, args.score = *selection[:3], SCORES.index(selection.score)
         _dense("commits", commits, rows * width, torch.bool)
         _dense("after", after, rows * width, torch.int64)
         args.commits, args.after = commits.data_ptr(), after.data_ptr()
-        if active is not None:
-            _dense("active", active, rows * width, torch.bool)
-            args.active = active.data_ptr()
+        if selection.active is not None:
+            _dense("active", selection.active, rows * width, torch.bool)
+            args.active = selection.active.data_ptr()
     wide = _width(logits.dtype, vocabulary, logits)
     blocks = min(rows * width * pieces, _MOST_BLOCKS)
     kernels.launch("tokens", f"tokens_{NAMES[logits.dtype]}_{wide}", (blocks, 1), (THREADS, 1), args, stream)
@@ -564,7 +571,7 @@ def tokens(
 def argument_sizes() -> dict[str, int]:
     """Bytes of the arguments of each family of kernels, by the first word of their names."""
     families = {
-        "adaln": _Adaln, "apply": _Apply, "drift": _Drift, "gelu": _Gelu, "grid": _Grid, "linear": _Linear, "reindex": _Reindex,
+        "adaln": _Adaln, "apply": _Apply, "drift": _Drift, "gelu": _Gelu, "grid": _FixedGrid, "linear": _Linear, "reindex": _Reindex,
         "store": _Store, "tokens": _Tokens,
     }  # fmt: skip
     return {name: ctypes.sizeof(arguments) for name, arguments in families.items()}

@@ -58,14 +58,19 @@ _COUNTS = {
 
 
 def find_nvrtc() -> Path | None:
-    """The library: of pip's packages first, then of a CUDA toolkit; None if there is none."""
-    spec = find_spec("nvidia")
-    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
-    patterns = ("cu*/lib/libnvrtc.so.*", "cuda_nvrtc/lib/libnvrtc.so.*", "cu*/bin/**/nvrtc64_*.dll", "cuda_nvrtc/bin/nvrtc64_*.dll")
-    toolkit = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [Path("/usr/local/cuda")]
-    found = [file for root in roots for pattern in patterns for file in sorted(root.glob(pattern))]
-    found += [file for root in toolkit for pattern in ("lib64/libnvrtc.so*", "bin/nvrtc64_*.dll") for file in sorted(root.glob(pattern))]
+    """The library: of pip's packages first, then of torch's own folder, then of a CUDA toolkit; None if there is none."""
+    folders = [folder for package in ("nvidia", "torch") for folder in _folders(package)]
+    folders += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [Path("/usr/local/cuda")]
+    places = ("cu*/lib", "cuda_nvrtc/lib", "cu*/bin/**", "cuda_nvrtc/bin", "lib", "lib64", "bin")
+    names = ("libnvrtc.so*", "nvrtc64_*.dll")
+    found = (file for folder in folders for place in places for name in names for file in sorted(folder.glob(f"{place}/{name}")))
     return next((file for file in found if ".alt." not in file.name), None)
+
+
+def _folders(package: str) -> list[Path]:
+    """Where an installed package lies."""
+    spec = find_spec(package)
+    return [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
 
 
 class Compiler:

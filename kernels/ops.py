@@ -14,25 +14,40 @@ import torch
 from torch import Tensor
 
 from hasten.kernels import backend, fused, reference
+from hasten.kernels.arguments import Fix, Grid, Modulation, Noise, Norm, Selection, Weight
 
 STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 """Types of hidden states."""
 
 
-def _registered(name: str, schema: str, meaning: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """A `torch.library` op: `meaning` everywhere but on CUDA, where it is the stand-in of `kernel`."""
+def _as_they_are(*args: Any) -> tuple[Any, ...]:
+    return args
 
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        return _dense(meaning(*args, **kwargs))
 
-    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+def _registered(
+    name: str,
+    schema: str,
+    meaning: Callable[..., Any],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    gather: Callable[..., tuple[Any, ...]] = _as_they_are,
+) -> Any:
+    """A `torch.library` op: `meaning` everywhere but on CUDA, where it is the stand-in of `kernel`.
+
+    The arguments of a schema stand one by one; `gather` puts those together that belong together.
+    """
+
+    def plain(*args: Any) -> Any:
+        return _dense(meaning(*gather(*args)))
+
+    def on_cuda(*args: Any) -> Any:
         if backend.wanted():
             device = _device_of(args)
             with torch.cuda.device(device):
-                made = kernel(backend.of_device(device.index), *args, **kwargs)
+                made = kernel(backend.of_device(device.index), *gather(*args))
             if made is not None:
                 return made
-        return plain(*args, **kwargs)
+        return plain(*args)
 
     op = torch.library.custom_op(f"hasten::{name}", plain, mutates_args=(), schema=schema)
     op.register_kernel("cuda")(on_cuda)
@@ -61,6 +76,11 @@ def _one_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {given[first]} like {first}, not on {device}")
 
 
+def _named(bundle: Fix | Grid | Modulation | Norm | None, prefix: str = "") -> dict[str, Any]:
+    """What stands in it, by name."""
+    return {} if bundle is None else {f"{prefix}{name}": value for name, value in bundle._asdict().items()}
+
+
 def _stream(name: str, tensor: Tensor, least: int = 2) -> None:
     """Raises ValueError where a tensor is no floating [batch, ..., channels]."""
     if tensor.dtype not in STREAMS:
@@ -71,39 +91,37 @@ def _stream(name: str, tensor: Tensor, least: int = 2) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- stored offsets
 
+_FIX = "Tensor? fix_scale=None, Tensor? fix_shift=None"
+
 _delta_apply = _registered(
     "delta_apply",
-    "(Tensor hidden_states, Tensor values, Tensor? scale=None, Tensor? fix_scale=None, Tensor? fix_shift=None) -> Tensor",
+    f"(Tensor hidden_states, Tensor values, Tensor? scale=None, {_FIX}) -> Tensor",
     reference.delta_apply,
     fused.delta_apply,
-    lambda hidden_states, values, scale=None, fix_scale=None, fix_shift=None: _fresh(hidden_states),
+    lambda hidden_states, *rest: _fresh(hidden_states),
+    lambda hidden_states, values, scale=None, *fix: (hidden_states, values, scale, Fix.given(*fix)),
 )
 
 
-def delta_apply(
-    hidden_states: Tensor, values: Tensor, scale: Tensor | None = None, fix_scale: Tensor | None = None, fix_shift: Tensor | None = None
-) -> Tensor:
+def delta_apply(hidden_states: Tensor, values: Tensor, scale: Tensor | None = None, fix: Fix | None = None) -> Tensor:
     """A stored offset, dequantised, corrected and added in one pass; see `reference.delta_apply` for arguments and result.
 
     Raises:
         ValueError: Shapes, types or devices do not go together.
     """
-    _offsets(hidden_states, [values], [] if scale is None else [scale], fix_scale, fix_shift)
-    made: Tensor = _delta_apply(hidden_states, values, scale, fix_scale, fix_shift)
+    _offsets(hidden_states, [values], [] if scale is None else [scale], fix)
+    made: Tensor = _delta_apply(hidden_states, values, scale, *(fix or ()))
     return made
 
 
-def _offsets(
-    hidden_states: Tensor, values: Sequence[Tensor], scales: Sequence[Tensor], fix_scale: Tensor | None, fix_shift: Tensor | None
-) -> None:
+def _offsets(hidden_states: Tensor, values: Sequence[Tensor], scales: Sequence[Tensor], fix: Fix | None) -> None:
     """Raises ValueError where the arguments of the two ops that add offsets do not go together."""
     _stream("hidden_states", hidden_states)
     shape, channels = hidden_states.shape, hidden_states.shape[-1]
     kinds = {hidden_states.dtype, torch.bfloat16, torch.int8, torch.float8_e4m3fn}
+    tables: dict[str, Tensor] = _named(fix, "fix_")
     for k, value in enumerate(values):
-        _one_device(
-            hidden_states=hidden_states, values=value, scale=scales[k] if scales else None, fix_scale=fix_scale, fix_shift=fix_shift
-        )
+        _one_device(hidden_states=hidden_states, values=value, scale=scales[k] if scales else None, **tables)
         if value.shape != shape or value.dtype not in kinds or value.dtype != values[0].dtype:
             names = ", ".join(sorted(str(kind) for kind in kinds))
             raise ValueError(f"values must be {list(shape)} of one type of {names}, not {value.dtype} {list(value.shape)}")
@@ -111,12 +129,8 @@ def _offsets(
     for scale in scales:
         if scale.shape not in (by_token, by_channel) or scale.shape != scales[0].shape or scale.dtype != torch.float32:
             raise ValueError(f"scale must be float32 {list(by_token)} or {list(by_channel)}, not {scale.dtype} {list(scale.shape)}")
-    if (fix_scale is None) != (fix_shift is None):
-        raise ValueError("fix_scale and fix_shift must be given together")
-    for name, table in (("fix_scale", fix_scale), ("fix_shift", fix_shift)):
-        if table is None or fix_scale is None:
-            continue
-        if table.ndim != 2 or table.shape[1] != channels or table.dtype != torch.float32 or table.shape != fix_scale.shape:
+    for name, table in tables.items():
+        if table.ndim != 2 or table.shape[1] != channels or table.dtype != torch.float32 or table.shape != tables["fix_scale"].shape:
             raise ValueError(f"{name} must be float32 [groups, {channels}], not {table.dtype} {list(table.shape)}")
         if len(table) == 0 or shape[0] % len(table):
             raise ValueError(f"{name} must have groups that {shape[0]} samples can be shared among, not {len(table)}")
@@ -124,20 +138,16 @@ def _offsets(
 
 _forecast_apply = _registered(
     "forecast_apply",
-    "(Tensor hidden_states, Tensor[] values, Tensor[] scales, float[] weights, Tensor? fix_scale=None, Tensor? fix_shift=None) -> Tensor",
+    f"(Tensor hidden_states, Tensor[] values, Tensor[] scales, float[] weights, {_FIX}) -> Tensor",
     reference.forecast_apply,
     fused.forecast_apply,
-    lambda hidden_states, values, scales, weights, fix_scale=None, fix_shift=None: _fresh(hidden_states),
+    lambda hidden_states, *rest: _fresh(hidden_states),
+    lambda hidden_states, values, scales, weights, *fix: (hidden_states, values, scales, weights, Fix.given(*fix)),
 )
 
 
 def forecast_apply(
-    hidden_states: Tensor,
-    values: Sequence[Tensor],
-    weights: Sequence[float],
-    scales: Sequence[Tensor] = (),
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
+    hidden_states: Tensor, values: Sequence[Tensor], weights: Sequence[float], scales: Sequence[Tensor] = (), fix: Fix | None = None
 ) -> Tensor:
     """Stored offsets, weighted, corrected and added in one pass; see `reference.forecast_apply`. Orders 0 to 2: one to three offsets.
 
@@ -146,8 +156,8 @@ def forecast_apply(
     """
     if not 1 <= len(values) <= 3 or len(weights) != len(values) or len(scales) not in (0, len(values)):
         raise ValueError(f"values must be 1 to 3 with as many weights and scales, not {len(values)}, {len(weights)} and {len(scales)}")
-    _offsets(hidden_states, values, scales, fix_scale, fix_shift)
-    made: Tensor = _forecast_apply(hidden_states, list(values), list(scales), list(weights), fix_scale, fix_shift)
+    _offsets(hidden_states, values, scales, fix)
+    made: Tensor = _forecast_apply(hidden_states, list(values), list(scales), list(weights), *(fix or ()))
     return made
 
 
@@ -211,12 +221,21 @@ def quantise_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 _ADALN = "Tensor residual, Tensor y, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, bool rms"
 
+_UNMODULATED = Modulation()
+_PLAIN_NORM = Norm()
+
+
+def _gather_adaln(residual: Tensor, y: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return residual, y, Modulation(*rest[:3]), Norm(*rest[3:7]), *rest[7:]
+
+
 _gated_residual_adaln = _registered(
     "gated_residual_adaln",
     f"({_ADALN}) -> (Tensor, Tensor)",
     reference.gated_residual_adaln,
     fused.gated_residual_adaln,
     lambda residual, *rest: (_fresh(residual), _fresh(residual)),
+    _gather_adaln,
 )
 _gated_residual_adaln_quant = _registered(
     "gated_residual_adaln_quant",
@@ -224,87 +243,58 @@ _gated_residual_adaln_quant = _registered(
     reference.gated_residual_adaln_quant,
     fused.gated_residual_adaln_quant,
     lambda residual, *rest: (_fresh(residual), *_fake_store(residual, rest[-1], False)),
+    _gather_adaln,
 )
 
 
 def gated_residual_adaln(
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    rms: bool = False,
+    residual: Tensor, y: Tensor, modulation: Modulation = _UNMODULATED, norm: Norm = _PLAIN_NORM
 ) -> tuple[Tensor, Tensor]:
     """What stands between attention and feed-forward of a DiT block in one pass; see `reference.gated_residual_adaln`.
-
-    Gate, scale and shift may be [batch, channels], one for each sample, or anything that broadcasts against `residual`. 1e-6 is the
-    `eps` of DiT's norms.
 
     Raises:
         ValueError: Shapes, types or devices do not go together.
     """
-    tables = _modulation(residual, y, gate, scale, shift, weight, bias)
-    x, modulated = _gated_residual_adaln(residual, y, *tables, weight, bias, eps, rms)
+    x, modulated = _gated_residual_adaln(residual, y, *_broadcasting(residual, y, modulation, norm), *norm)
     return x, modulated
 
 
 def gated_residual_adaln_quant(
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    rms: bool = False,
-    kind: str = "int8",
+    residual: Tensor, y: Tensor, modulation: Modulation = _UNMODULATED, norm: Norm = _PLAIN_NORM, kind: str = "int8"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with rows in 8 bits for the next product; see `reference.gated_residual_adaln_quant`.
 
     Raises:
         ValueError: Shapes, types or devices do not go together, or there is no such kind.
     """
-    tables = _modulation(residual, y, gate, scale, shift, weight, bias)
+    modulation = _broadcasting(residual, y, modulation, norm)
     _one_of("kind", kind, tuple(fused.EIGHT_BITS))
-    x, values, row_scale = _gated_residual_adaln_quant(residual, y, *tables, weight, bias, eps, rms, kind)
+    x, values, row_scale = _gated_residual_adaln_quant(residual, y, *modulation, *norm, kind)
     return x, values, row_scale
 
 
-def _modulation(
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """(gate, scale, shift) in a shape that broadcasts; raises ValueError where arguments do not go together."""
+def _broadcasting(residual: Tensor, y: Tensor, modulation: Modulation, norm: Norm) -> Modulation:
+    """The modulation in shapes that broadcast; raises ValueError where arguments do not go together."""
     _stream("residual", residual)
     _not_hollow("residual", residual)
-    _one_device(residual=residual, y=y, gate=gate, scale=scale, shift=shift, weight=weight, bias=bias)
+    _one_device(residual=residual, y=y, weight=norm.weight, bias=norm.bias, **_named(modulation))
     if y.shape != residual.shape or y.dtype != residual.dtype:
         raise ValueError(f"y must be {residual.dtype} {list(residual.shape)} like residual, not {y.dtype} {list(y.shape)}")
-    for name, table in (("weight", weight), ("bias", bias)):
+    for name, table in (("weight", norm.weight), ("bias", norm.bias)):
         if table is not None and (table.shape != residual.shape[-1:] or table.dtype not in STREAMS):
             raise ValueError(f"{name} must be floating [{residual.shape[-1]}], not {table.dtype} {list(table.shape)}")
-    found: list[Tensor | None] = []
-    for name, table in (("gate", gate), ("scale", scale), ("shift", shift)):
-        if table is not None:
-            if table.ndim == 2 < residual.ndim:
-                table = table.view(len(table), *[1] * (residual.ndim - 2), table.shape[1])
-            fits = table.ndim == residual.ndim and all(n in (1, m) for n, m in zip(table.shape, residual.shape, strict=True))
-            if not fits or table.dtype not in (torch.float32, residual.dtype):
-                allowed = f"{residual.dtype} or float32 that broadcasts against {list(residual.shape)}"
-                raise ValueError(f"{name} must be {allowed}, not {table.dtype} {list(table.shape)}")
-        found.append(table)
-    return tuple(found)
+    found: dict[str, Tensor] = {}
+    for name, table in _named(modulation).items():
+        if table is None:
+            continue
+        if table.ndim == 2 < residual.ndim:
+            table = table.view(len(table), *[1] * (residual.ndim - 2), table.shape[1])
+        fits = table.ndim == residual.ndim and all(n in (1, m) for n, m in zip(table.shape, residual.shape, strict=True))
+        if not fits or table.dtype not in (torch.float32, residual.dtype):
+            allowed = f"{residual.dtype} or float32 that broadcasts against {list(residual.shape)}"
+            raise ValueError(f"{name} must be {allowed}, not {table.dtype} {list(table.shape)}")
+        found[name] = table
+    return Modulation(**found)
 
 
 _gelu_quant = _registered(
@@ -335,52 +325,34 @@ def gelu_quant(x: Tensor, activation: str = "gelu", kind: str = "int8") -> tuple
 _int8_linear = _registered(
     "int8_linear",
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? scale=None, Tensor? zero=None, Tensor? sums=None, "
-    'Tensor? smooth=None, Tensor? fix_scale=None, Tensor? fix_shift=None, str activation="none") -> Tensor',
+    f'Tensor? smooth=None, {_FIX}, str activation="none") -> Tensor',
     reference.int8_linear,
     fused.int8_linear,
     lambda x, weight, *rest: _fresh(x, shape=(*x.shape[:-1], len(weight))),
+    lambda x, weight, scale, bias=None, *rest: (x, Weight(weight, scale, bias), Grid.given(*rest[:4]), Fix.given(*rest[4:6]), *rest[6:]),
 )
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    sums: Tensor | None = None,
-    smooth: Tensor | None = None,
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
+def int8_linear(x: Tensor, weight: Weight, grid: Grid | None = None, fix: Fix | None = None, activation: str = "none") -> Tensor:
     """A linear layer in int8: quantised in one pass, multiplied, brought back in another; see `reference.int8_linear`.
 
     Raises:
         ValueError: Shapes, types or devices do not go together, or there is no such activation.
     """
     _stream("x", x, 1)
-    out, columns = weight.shape if weight.ndim == 2 else (0, 0)
-    _one_device(
-        x=x, weight=weight, weight_scale=weight_scale, bias=bias, scale=scale, zero=zero, sums=sums, smooth=smooth, fix_scale=fix_scale,
-        fix_shift=fix_shift,
-    )  # fmt: skip
-    if out * columns == 0 or weight.dtype != torch.int8 or x.shape[-1] != columns:
-        raise ValueError(f"weight must be int8 [out, {x.shape[-1]}] with entries, not {weight.dtype} {list(weight.shape)}")
-    if len({table is None for table in (scale, zero, sums)}) > 1 or len({table is None for table in (fix_scale, fix_shift)}) > 1:
-        raise ValueError("scale, zero and sums must be given together, and so must fix_scale and fix_shift")
-    if smooth is not None and scale is None:
-        raise ValueError("smooth must come with scale: without it every row is measured as it is")
-    wanted = {"weight_scale": out, "scale": 1, "zero": 1, "sums": out, "smooth": columns, "fix_scale": out, "fix_shift": out, "bias": out}
-    given = {"weight_scale": weight_scale, "scale": scale, "zero": zero, "sums": sums, "smooth": smooth, "fix_scale": fix_scale}
-    for name, table in {**given, "fix_shift": fix_shift, "bias": bias}.items():
+    values = weight.values
+    out, columns = values.shape if values.ndim == 2 else (0, 0)
+    tables: dict[str, Tensor | None] = {"weight_scale": weight.scale, "bias": weight.bias, **_named(grid), **_named(fix, "fix_")}
+    _one_device(x=x, weight=values, **tables)
+    if out * columns == 0 or values.dtype != torch.int8 or x.shape[-1] != columns:
+        raise ValueError(f"weight must be int8 [out, {x.shape[-1]}] with entries, not {values.dtype} {list(values.shape)}")
+    for name, table in tables.items():
+        size = {"scale": 1, "zero": 1, "smooth": columns}.get(name, out)
         types = {"sums": (torch.int32,), "bias": (torch.float32, x.dtype)}.get(name, (torch.float32,))
-        if table is not None and (table.shape != (wanted[name],) or table.dtype not in types):
-            raise ValueError(f"{name} must be {' or '.join(map(str, types))} [{wanted[name]}], not {table.dtype} {list(table.shape)}")
+        if table is not None and (table.shape != (size,) or table.dtype not in types):
+            raise ValueError(f"{name} must be {' or '.join(map(str, types))} [{size}], not {table.dtype} {list(table.shape)}")
     _one_of("activation", activation, ("none", "gelu", "gelu_tanh", "silu"))
-    made: Tensor = _int8_linear(x, weight, weight_scale, bias, scale, zero, sums, smooth, fix_scale, fix_shift, activation)
+    made: Tensor = _int8_linear(x, *weight, *(grid or (None,) * 4), *(fix or (None, None)), activation)
     return made
 
 
@@ -454,22 +426,6 @@ class TokenStats(NamedTuple):
     best_noise: Tensor
 
 
-class Noise(NamedTuple):
-    """Gumbel noise that belongs to its place.
-
-    Attributes:
-        scale: Of the noise: the temperature, or 1 where logits are divided by it.
-        seeds: int64 [rows].
-        positions: int64 [rows, positions] or [positions].
-        steps: int64 [rows].
-    """
-
-    scale: float
-    seeds: Tensor
-    positions: Tensor
-    steps: Tensor
-
-
 _KEY = "float divisor=1., float noise=0., Tensor? seeds=None, Tensor? positions=None, Tensor? steps=None"
 
 
@@ -483,42 +439,34 @@ _token_stats = _registered(
     reference.token_stats,
     fused.token_stats,
     _fake_tokens,
+    lambda logits, current, suppressed, divisor=1.0, *noise: (logits, current, suppressed, divisor, Noise.given(*noise)),
 )
 _token_commit = _registered(
     "token_commit",
-    "(Tensor logits, Tensor current, int[] suppressed, Tensor? active, int mask, float threshold, int minimum, str score, "
+    "(Tensor logits, Tensor current, int[] suppressed, int mask, float threshold, int minimum, str score, Tensor? active, "
     f"{_KEY}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.token_commit,
     fused.token_commit,
     lambda logits, current, *rest: (*_fake_tokens(logits, current), _fresh(current, torch.bool), _fresh(current)),
-)
+    lambda logits, current, suppressed, mask, threshold, minimum, score, active, divisor=1.0, *noise: (
+        logits, current, suppressed, Selection(mask, threshold, minimum, score, active), divisor, Noise.given(*noise),
+    ),
+)  # fmt: skip
 
 
-def token_stats(
-    logits: Tensor, current: Tensor, suppressed: Sequence[int], *, divisor: float = 1.0, noise: Noise | None = None
-) -> TokenStats:
+def token_stats(logits: Tensor, current: Tensor, suppressed: Sequence[int], divisor: float = 1.0, noise: Noise | None = None) -> TokenStats:
     """What a decoding schedule sees of logits in one pass; see `reference.token_stats`. At most 32 suppressed ids are fused.
 
     Raises:
         ValueError: Shapes, types or devices do not go together, or every token is suppressed.
     """
-    key = _token_arguments(logits, current, suppressed, divisor, noise)
-    ids, numbers = _token_stats(logits, current, list(suppressed), divisor, *key)
+    _token_arguments(logits, current, suppressed, divisor, noise)
+    ids, numbers = _token_stats(logits, current, list(suppressed), divisor, *(noise or ()))
     return TokenStats(*ids.unbind(), *numbers[:8].unbind())
 
 
 def token_commit(
-    logits: Tensor,
-    current: Tensor,
-    suppressed: Sequence[int],
-    *,
-    mask: int,
-    threshold: float,
-    minimum: int = 1,
-    score: str = "low_confidence",
-    active: Tensor | None = None,
-    divisor: float = 1.0,
-    noise: Noise | None = None,
+    logits: Tensor, current: Tensor, suppressed: Sequence[int], selection: Selection, divisor: float = 1.0, noise: Noise | None = None
 ) -> tuple[TokenStats, Tensor, Tensor]:
     """The same, with the selection of a confidence threshold in the same launch; see `reference.token_commit`.
 
@@ -528,21 +476,19 @@ def token_commit(
     Raises:
         ValueError: Shapes, types or devices do not go together, there is no such score, or every token is suppressed.
     """
-    key = _token_arguments(logits, current, suppressed, divisor, noise)
-    _one_of("score", score, ("low_confidence", "margin", "entropy"))
+    _token_arguments(logits, current, suppressed, divisor, noise)
+    _one_of("score", selection.score, ("low_confidence", "margin", "entropy"))
+    active = selection.active
     if active is not None and (active.shape != current.shape or active.dtype != torch.bool or active.device != logits.device):
         raise ValueError(f"active must be bool {list(current.shape)} on {logits.device}, not {active.dtype} {list(active.shape)}")
-    if minimum < 0:
-        raise ValueError(f"minimum must be at least 0, not {minimum}")
-    made = _token_commit(logits, current, list(suppressed), active, mask, threshold, minimum, score, divisor, *key)
-    ids, numbers, commits, after = made
+    if selection.minimum < 0:
+        raise ValueError(f"minimum must be at least 0, not {selection.minimum}")
+    ids, numbers, commits, after = _token_commit(logits, current, list(suppressed), *selection, divisor, *(noise or ()))
     return TokenStats(*ids.unbind(), *numbers[:8].unbind()), commits, after
 
 
-def _token_arguments(
-    logits: Tensor, current: Tensor, suppressed: Sequence[int], divisor: float, noise: Noise | None
-) -> tuple[float, Tensor | None, Tensor | None, Tensor | None]:
-    """What the ops take of the noise; raises ValueError where arguments do not go together."""
+def _token_arguments(logits: Tensor, current: Tensor, suppressed: Sequence[int], divisor: float, noise: Noise | None) -> None:
+    """Raises ValueError where arguments do not go together."""
     _stream("logits", logits)
     if logits.ndim != 3 or current.shape != logits.shape[:2] or current.dtype != torch.int64:
         raise ValueError(
@@ -557,7 +503,7 @@ def _token_arguments(
         raise ValueError(f"suppressed must leave a token of a vocabulary of {logits.shape[2]}, not none")
     _one_device(logits=logits, current=current)
     if noise is None:
-        return 0.0, None, None, None
+        return
     if not 0 < noise.scale < float("inf"):
         raise ValueError(f"noise.scale must be a number above 0, not {noise.scale!r}")
     _one_device(logits=logits, seeds=noise.seeds, positions=noise.positions, steps=noise.steps)
@@ -567,7 +513,6 @@ def _token_arguments(
     ):  # fmt: skip
         if table.dtype != torch.int64 or tuple(table.shape) not in shapes:
             raise ValueError(f"noise.{name} must be int64 {list(shapes[0])}, not {table.dtype} {list(table.shape)}")
-    return noise.scale, noise.seeds, noise.positions, noise.steps
 
 
 # ---------------------------------------------------------------------------------------------------------- what all of them refuse

@@ -1,12 +1,17 @@
-"""Products of int8 matrices, exact: `torch._int_mm` where it is right, and padded to what it takes."""
+"""Products of int8 matrices, exact: oneDNN's on packed weights on CPUs, `torch._int_mm` elsewhere, padded to what it takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""For every living weight that was multiplied: its version, and the weight as oneDNN reads it, or None before its second product."""
 
 
 def int_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -15,23 +20,92 @@ def int_product(x: Tensor, weight: Tensor) -> Tensor:
     CUDA takes more than 16 rows and multiples of 8 columns only. CPUs get padding where a size is 1: torch up to 2.15 reads a stride
     there that has no meaning (pytorch issue 195066). CPUs whose products overflow multiply in float64, which is exact.
     """
-    if x.is_cuda or 1 in (*x.shape, len(weight)):
-        rows, columns, out = len(x), x.shape[1], len(weight)
-        x = F.pad(x, (0, -columns % 8, 0, max(0, 32 - rows)))
-        weight = F.pad(weight, (0, -columns % 8, 0, -out % 8))
-        return int_product(x, weight)[:rows, :out] if not x.is_cuda else torch._int_mm(x.contiguous(), weight.contiguous().t())[:rows, :out]
     if x.device.type == "cpu" and not cpu_is_exact():
         return (x.double() @ weight.double().t()).to(torch.int32)
+    if x.is_cuda or 1 in (*x.shape, len(weight)):
+        return padded_product(x, weight)
     return torch._int_mm(x.contiguous(), weight.t())
+
+
+def padded_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`int_product` of operands with zeros added up to 32 rows and to multiples of 8 in both other sizes."""
+    rows, columns, out = len(x), x.shape[1], len(weight)
+    x = F.pad(x, (0, -columns % 8, 0, max(0, 32 - rows)))
+    weight = F.pad(weight, (0, -columns % 8, 0, -out % 8))
+    return torch._int_mm(x.contiguous(), weight.contiguous().t())[:rows, :out]
+
+
+def scaled_product(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """float32 [rows, out]: `int_product`, times `factor` float32 [out].
+
+    On CPUs a weight is laid out at its second product as oneDNN reads it, and kept so (once more its memory) as long as it lives and is
+    not changed: that takes longer than many products, and `torch._int_mm` does some of it every time.
+    """
+    if torch.compiler.is_compiling():
+        made: Tensor = _scaled_product_op(x, weight, factor)
+        return made
+    packed = _as_packed(weight) if x.device.type == "cpu" and x.numel() and packs() else None
+    if packed is None:
+        return int_product(x, weight).to(torch.float32).mul_(factor)
+    return _packed_product(x, packed, factor)
+
+
+@torch.library.custom_op("hasten::scaled_product", mutates_args=())
+def _scaled_product_op(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """Hides from compilers what is remembered of weights."""
+    return scaled_product(x, weight, factor)
+
+
+@_scaled_product_op.register_fake
+def _(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    return factor.new_empty(len(x), len(weight))
+
+
+def _packed_product(x: Tensor, packed: Tensor, factor: Tensor) -> Tensor:
+    zero = torch.zeros(len(factor), dtype=torch.int64)
+    made: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x.contiguous(), 1.0, 0, packed, factor, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return made
+
+
+def _as_packed(weight: Tensor) -> Tensor | None:
+    """The weight as oneDNN reads it; None at first sight, and where nobody can tell whether it was changed in place."""
+    if weight.is_inference() or weight.numel() == 0:
+        return None
+    version, packed = _seen.get(weight, (None, None))
+    if version != weight._version:
+        _seen[weight] = weight._version, None
+        return None
+    if packed is None:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        _seen[weight] = version, packed
+    return packed
+
+
+@cache
+def packs() -> bool:
+    """Whether this CPU multiplies packed weights, and exactly."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    try:
+        return _exact(lambda x, weight: _packed_product(x, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(len(weight))))
+    except RuntimeError:  # a build without oneDNN's quantised layers
+        return False
 
 
 @cache
 def cpu_is_exact() -> bool:
     """Whether `torch._int_mm` is right on this CPU: without VNNI or the like oneDNN adds pairs in 16 bits, which overflow silently
-    (pytorch issue 136746). The values most prone to that are tried once."""
+    (pytorch issue 136746)."""
+    return _exact(lambda x, weight: torch._int_mm(x, weight.t()))
+
+
+def _exact(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Tries the values that are most prone to overflow once."""
     for rows, columns, out in ((17, 16, 16), (64, 64, 64), (128, 768, 192)):
         for value in (127, -128):
             x, weight = (torch.full(shape, v, dtype=torch.int8) for shape, v in (((rows, columns), value), ((out, columns), 127)))
-            if not bool((torch._int_mm(x, weight.t()) == value * 127 * columns).all()):
+            if not bool((product(x, weight) == value * 127 * columns).all()):
                 return False
     return True

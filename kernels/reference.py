@@ -12,33 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.kernels import elementary
-from hasten.kernels.products import int_product
+from hasten.kernels.arguments import Fix, Grid, Modulation, Noise, Norm, Selection, Weight
+from hasten.kernels.products import scaled_product
 
 
-def delta_apply(
-    hidden_states: Tensor, values: Tensor, scale: Tensor | None = None, fix_scale: Tensor | None = None, fix_shift: Tensor | None = None
-) -> Tensor:
+def delta_apply(hidden_states: Tensor, values: Tensor, scale: Tensor | None = None, fix: Fix | None = None) -> Tensor:
     """A stored offset, dequantised, corrected and added.
 
     Args:
         hidden_states: [batch, ..., channels].
         values: Of the same shape: its type, bfloat16, int8 or float8_e4m3fn.
         scale: float32, broadcasts against `values`: [..., 1] of every token or [batch, 1, ..., channels]; None for 1.
-        fix_scale, fix_shift: float32 [groups, channels], the correction of as many equal groups of consecutive samples, or None.
+        fix: The correction of the offset, or None.
 
     Returns:
         A new tensor of the shape and type of `hidden_states`.
     """
-    return forecast_apply(hidden_states, [values], [] if scale is None else [scale], [1.0], fix_scale, fix_shift)
+    return forecast_apply(hidden_states, [values], [] if scale is None else [scale], [1.0], fix)
 
 
 def forecast_apply(
-    hidden_states: Tensor,
-    values: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    weights: Sequence[float],
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
+    hidden_states: Tensor, values: Sequence[Tensor], scales: Sequence[Tensor], weights: Sequence[float], fix: Fix | None = None
 ) -> Tensor:
     """The weighted sum of stored offsets, corrected and added: `hidden_states + fix(Σ weight * scale * values)`.
 
@@ -47,15 +41,15 @@ def forecast_apply(
         values: One to three as in `delta_apply`, all of one type, newest first.
         scales: One for each, or none.
         weights: One for each: those of the polynomial through the offsets, taken at the present noise level.
-        fix_scale, fix_shift: As in `delta_apply`.
+        fix: As in `delta_apply`, of the sum.
     """
     total = torch.zeros_like(hidden_states, dtype=torch.float32)
     for k, (offset, weight) in enumerate(zip(values, weights, strict=True)):
         term = offset.float() * scales[k] if scales else offset.float()
         total = total + weight * term
-    if fix_scale is not None and fix_shift is not None:
-        shape = (len(fix_scale), 1, *[1] * (total.ndim - 2), total.shape[-1])
-        grouped = total.unflatten(0, (len(fix_scale), -1)) * fix_scale.view(shape) + fix_shift.view(shape)
+    if fix is not None:
+        shape = (len(fix.scale), 1, *[1] * (total.ndim - 2), total.shape[-1])
+        grouped = total.unflatten(0, (len(fix.scale), -1)) * fix.scale.view(shape) + fix.shift.view(shape)
         total = grouped.flatten(0, 1)
     return (hidden_states.float() + total).to(hidden_states.dtype)
 
@@ -91,58 +85,37 @@ def quantise_rows(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def _on_grid(x: Tensor, kind: str, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(values, scale) of float32: the largest magnitude over `dims` is the end of the grid, and what is not a number is 0."""
     most = 127.0 if kind == "int8" else 448.0
-    scale = (x.abs().amax(dims, keepdim=True) / most).clamp_min(1e-12)
+    peaks = x.abs().amax(dims, keepdim=True)
+    scale = (peaks / torch.full_like(peaks, most)).clamp_min(1e-12)  # a tensor: by a number, CUDA multiplies with its rounded inverse
     values = x / scale
     if kind == "int8":
-        return values.round().nan_to_num(0.0).clamp(-most, most).to(torch.int8), scale
-    return values.nan_to_num(0.0).clamp(-most, most).to(torch.float8_e4m3fn), scale
+        return values.round_().nan_to_num_(0.0).clamp_(-most, most).to(torch.int8), scale
+    return values.nan_to_num_(0.0).clamp_(-most, most).to(torch.float8_e4m3fn), scale
 
 
-def gated_residual_adaln(
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor]:
+def gated_residual_adaln(residual: Tensor, y: Tensor, modulation: Modulation, norm: Norm) -> tuple[Tensor, Tensor]:
     """What stands between attention and feed-forward of a DiT block.
 
     Args:
         residual, y: [batch, ..., channels]: what the block was given and what its part returned.
-        gate, scale, shift: Broadcast against these, or None for none.
-        weight, bias: [channels] of the norm, or None.
-        eps: Added to the variance.
-        rms: The norm is RMSNorm, else LayerNorm.
+        modulation: Tables that broadcast against these.
+        norm: Of the sum.
 
     Returns:
         (x, modulated): `x = residual + gate * y` rounded to its type, and `norm(x) * (1 + scale) + shift` of that.
     """
+    gate, scale, shift = modulation
     x = (residual.float() + (y.float() if gate is None else y.float() * gate.float())).to(residual.dtype)
-    centred = x.float() if rms else x.float() - x.float().mean(-1, keepdim=True)
-    n = centred * (1.0 / (centred.square().mean(-1, keepdim=True) + eps).sqrt())
-    n = n if weight is None else n * weight.float()
-    n = n if bias is None else n + bias.float()
+    centred = x.float() if norm.rms else x.float() - x.float().mean(-1, keepdim=True)
+    n = centred * (1.0 / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt())
+    n = n if norm.weight is None else n * norm.weight.float()
+    n = n if norm.bias is None else n + norm.bias.float()
     n = n if scale is None else n * (1.0 + scale.float())
     n = n if shift is None else n + shift.float()
     return x, n.to(residual.dtype)
 
 
-def gated_residual_adaln_quant(
-    residual: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    kind: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_residual_adaln_quant(residual: Tensor, y: Tensor, modulation: Modulation, norm: Norm, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a product in 8 bits.
 
     Args:
@@ -151,7 +124,7 @@ def gated_residual_adaln_quant(
     Returns:
         (x, values, row_scale): the modulated rows, rounded to their type, then as `quantise_rows` has them.
     """
-    x, modulated = gated_residual_adaln(residual, y, gate, scale, shift, weight, bias, eps, rms)
+    x, modulated = gated_residual_adaln(residual, y, modulation, norm)
     return x, *quantise_rows(modulated, kind)
 
 
@@ -173,69 +146,51 @@ def gelu_quant(x: Tensor, activation: str, kind: str) -> tuple[Tensor, Tensor]:
     return quantise_rows(act(x.float()).to(x.dtype), kind)
 
 
-def quantise_fixed(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
-    """Activations on an int8 grid that was fixed beforehand: `x / smooth ≈ scale * (values - zero)`.
+def quantise_fixed(x: Tensor, grid: Grid) -> Tensor:
+    """Activations on an int8 grid that was fixed beforehand.
 
     Args:
         x: [..., channels].
-        scale, zero: float32 [1].
-        smooth: float32 [channels], or None.
 
     Returns:
         int8 of x's shape; what is not a number becomes 0.
     """
-    factor = (scale if smooth is None else scale * smooth).reciprocal()
-    return (x.float() * factor + zero).round().nan_to_num(0.0).clamp(-128, 127).to(torch.int8)
+    factor = (grid.scale if grid.smooth is None else grid.scale * grid.smooth).reciprocal()
+    return (x.float() * factor + grid.zero).round().nan_to_num(0.0).clamp(-128, 127).to(torch.int8)
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    sums: Tensor | None = None,
-    smooth: Tensor | None = None,
-    fix_scale: Tensor | None = None,
-    fix_shift: Tensor | None = None,
-    activation: str = "none",
-) -> Tensor:
+def int8_linear(x: Tensor, weight: Weight, grid: Grid | None = None, fix: Fix | None = None, activation: str = "none") -> Tensor:
     """A linear layer in int8: activations quantised, multiplied exactly, brought back with bias, correction and activation.
 
     Args:
         x: [..., in].
-        weight: int8 [out, in].
-        weight_scale: float32 [out].
-        bias: [out] or None.
-        scale, zero: float32 [1], the grid of the activations, with `sums`; None for the largest magnitude of every row.
-        sums: int32 [out], of the weight's rows: what the zero point contributes is taken off with them.
-        smooth: float32 [in], by which activations are divided before, or None; with `scale` only.
-        fix_scale, fix_shift: float32 [out], a correction of the output, bias included, or None.
+        weight: With its scales and bias.
+        grid: Of the activations; None for the largest magnitude of every row.
+        fix: A correction of the output, bias included, or None.
         activation: "none", "gelu", "gelu_tanh" or "silu".
 
     Returns:
         [..., out] in the type of x.
     """
     flat = x.reshape(-1, x.shape[-1])
-    factor, shift = weight_scale, torch.zeros_like(weight_scale)
-    if scale is None or zero is None or sums is None:
+    factor, shift = weight.scale, torch.zeros_like(weight.scale)
+    if grid is None:
         values, row_scale = quantise_rows(flat, "int8")
     else:
-        values, row_scale = quantise_fixed(flat, scale, zero, smooth), None
-        factor = scale * weight_scale
-        shift = -factor * zero * sums
-    if bias is not None:
-        shift = shift + bias.float()
-    if fix_scale is not None and fix_shift is not None:
-        factor, shift = factor * fix_scale, shift * fix_scale + fix_shift
-    y = int_product(values, weight).to(torch.float32).mul_(factor)
-    y = (y if row_scale is None else y.mul_(row_scale)).add_(shift)
+        values, row_scale = quantise_fixed(flat, grid), None
+        factor = grid.scale * weight.scale
+        shift = -factor * grid.zero * grid.sums
+    if weight.bias is not None:
+        shift = shift + weight.bias.float()
+    if fix is not None:
+        factor, shift = factor * fix.scale, shift * fix.scale + fix.shift
+    y = scaled_product(values, weight.values, factor)
+    y = (y if row_scale is None else y.mul_(row_scale)).add_(shift)  # not addcmul: whether that rounds the product depends on its build
     if activation == "silu":
         y = F.silu(y)
     elif activation != "none":
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+    return y.to(x.dtype).view(*x.shape[:-1], len(weight.values))
 
 
 def drift(now: Tensor, before: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -278,14 +233,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def token_stats(
-    logits: Tensor,
-    current: Tensor,
-    suppressed: Sequence[int],
-    divisor: float = 1.0,
-    noise: float = 0.0,
-    seeds: Tensor | None = None,
-    positions: Tensor | None = None,
-    steps: Tensor | None = None,
+    logits: Tensor, current: Tensor, suppressed: Sequence[int], divisor: float = 1.0, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor]:
     """What a decoding schedule sees of logits. What is not a number counts as the smallest finite logit, infinities as the largest ones.
 
@@ -294,8 +242,7 @@ def token_stats(
         current: int64 [rows, positions], the tokens that the model was shown.
         suppressed: Ids that are never chosen, the mask among them.
         divisor: The temperature of a tempered softmax, else 1.
-        noise: Scale of the Gumbel noise that is added before a token is chosen; 0 takes the most probable one.
-        seeds, positions, steps: int64 [rows], [rows, positions], [rows]: whose noise it is; needed with noise.
+        noise: What is added before a token is chosen; None takes the most probable one.
 
     Returns:
         (ids, numbers): int64 [2, rows, positions], the chosen and the most probable tokens, ties to the lowest id; float32
@@ -317,8 +264,8 @@ def token_stats(
 
     tokens, zeros = best, torch.zeros_like(largest)
     at_token = at_best = zeros
-    if noise and seeds is not None and positions is not None and steps is not None:
-        drawn = gumbel(seeds, positions, steps, z.shape[-1]) * noise
+    if noise is not None:
+        drawn = gumbel(noise.seeds, noise.positions, noise.steps, z.shape[-1]) * noise.scale
         tokens = (log_p + drawn).argmax(-1)
         at_token, at_best = at(drawn, tokens), at(drawn, best)
     chosen = at(log_p, tokens)
@@ -337,41 +284,24 @@ def token_stats(
 
 
 def token_commit(
-    logits: Tensor,
-    current: Tensor,
-    suppressed: Sequence[int],
-    active: Tensor | None,
-    mask: int,
-    threshold: float,
-    minimum: int,
-    score: str,
-    divisor: float = 1.0,
-    noise: float = 0.0,
-    seeds: Tensor | None = None,
-    positions: Tensor | None = None,
-    steps: Tensor | None = None,
+    logits: Tensor, current: Tensor, suppressed: Sequence[int], selection: Selection, divisor: float = 1.0, noise: Noise | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same, and which masked positions commit: all that score at least the threshold, and in any case the best ones.
+    """The same, and which masked positions commit.
 
     Args:
-        active: bool [rows, positions] that may commit; None for all.
-        mask: The mask token.
-        threshold: Of the score.
-        minimum: Positions of each row that commit in any case; ties go to the left.
-        score: "low_confidence" (probability of the chosen token), "margin" (largest less second probability) or "entropy" (negative).
-        The rest as in `token_stats`.
+        selection: The rule; the rest as in `token_stats`.
 
     Returns:
         (ids, numbers, commits, after): the last number is the score; bool [rows, positions]; int64 [rows, positions], the tokens after
         the commits.
     """
-    ids, numbers = token_stats(logits, current, suppressed, divisor, noise, seeds, positions, steps)
-    value = {"low_confidence": numbers[0].exp(), "margin": numbers[1].exp() - numbers[2], "entropy": -numbers[3]}[score]
+    ids, numbers = token_stats(logits, current, suppressed, divisor, noise)
+    value = {"low_confidence": numbers[0].exp(), "margin": numbers[1].exp() - numbers[2], "entropy": -numbers[3]}[selection.score]
     numbers[8] = value.nan_to_num(nan=-_LARGEST)
-    candidates = current == mask if active is None else (current == mask) & active
+    candidates = current == selection.mask if selection.active is None else (current == selection.mask) & selection.active
     order = torch.where(candidates, numbers[8], -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
-    commits = candidates & ((numbers[8] >= threshold) | (place < minimum))
+    commits = candidates & ((numbers[8] >= selection.threshold) | (place < selection.minimum))
     return ids, numbers, commits, torch.where(commits, ids[0], current)
 
 

@@ -148,9 +148,13 @@ def test_wheel_holds_only_hasten(built: tuple[Path, Path], names_in_wheel: set[s
     assert f"{info}/licenses/LICENSE" in names_in_wheel
 
 
+CUDA = {path.relative_to(ROOT) for path in (ROOT / "kernels" / "cuda").iterdir() if path.suffix in (".cu", ".cuh")}
+
+
 def test_wheel_holds_all_code_and_all_weights(names_in_wheel: set[str]) -> None:
     files = {path.relative_to(ROOT) for folder in code_folders() for path in (ROOT / folder).glob("*.py")}
     files |= {path.relative_to(ROOT) for path in WEIGHTS.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files |= CUDA
     expected = {f"hasten/{path.as_posix()}" for path in files} | {"hasten/__init__.py", "hasten/__main__.py", "hasten/py.typed"}
     assert expected - names_in_wheel == set()
     assert not [name for name in names_in_wheel if "tests/" in name or "recipes/" in name]
@@ -160,6 +164,7 @@ def test_sdist_holds_what_is_needed_to_build_and_test(built: tuple[Path, Path]) 
     with tarfile.open(built[0]) as sdist:
         names = {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in sdist.getnames()}
     assert {"pyproject.toml", "LICENSE", "Makefile", "constraints.txt", "src/hasten/py.typed", "tests/test_packaging.py"} <= names
+    assert CUDA and {path.as_posix() for path in CUDA} | {"tests/kernels/shim/cuda_on_cpu.h", "tests/kernels/shim/driver.cpp"} <= names
 
 
 def generate(python: Path, cwd: Path, model: Path) -> None:

@@ -19,7 +19,8 @@ template <typename T, int V> __device__ inline void difference(const Store& a, c
   for (int i = 0; i < V; ++i) v[i] -= w[i];
 }
 
-template <typename T, int V> __device__ void plain(const Store& a) {
+// Everything once: see(row, b, t, c, v) gets V differences of a row from column c on, and the row's sample and token.
+template <typename T, int V, typename See> __device__ inline void each_difference(const Store& a, See see) {
 #pragma unroll 1
   EACH_ROW(row, a.batch * a.tokens) {
     i64 b = row / a.tokens, t = row - b * a.tokens;
@@ -28,9 +29,13 @@ template <typename T, int V> __device__ void plain(const Store& a) {
     for (i64 c = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * V; c < a.channels; c += (i64)gridDim.y * blockDim.x * V) {
       float v[V];
       difference<T, V>(a, after, before, c, v);
-      store<V>((bf16*)a.values + row * a.channels + c, v);
+      see(row, b, t, c, v);
     }
   }
+}
+
+template <typename T, int V> __device__ void plain(const Store& a) {
+  each_difference<T, V>(a, [&](i64 row, i64, i64, i64 c, float (&v)[V]) { store<V>((bf16*)a.values + row * a.channels + c, v); });
 }
 
 template <typename T, typename Q, int V> __device__ void by_token(const Store& a, u32* scratch) {
@@ -80,23 +85,15 @@ template <typename T, int V> __device__ void peaks(const Store& a) {
 
 // Pass two.
 template <typename T, typename Q, int V> __device__ void by_channel(const Store& a) {
-#pragma unroll 1
-  EACH_ROW(row, a.batch * a.tokens) {
-    i64 b = row / a.tokens, t = row - b * a.tokens;
-    const T *after = row_of<T>(a.after, b, t), *before = row_of<T>(a.before, b, t);
-#pragma unroll 1
-    for (i64 c = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * V; c < a.channels; c += (i64)gridDim.y * blockDim.x * V) {
-      float v[V], q[V];
-      difference<T, V>(a, after, before, c, v);
+  each_difference<T, V>(a, [&](i64 row, i64 b, i64 t, i64 c, float (&v)[V]) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        float scale = scale_of<Q>(a.most[b * a.channels + c + i]);
-        if (t == 0) a.scale[b * a.channels + c + i] = scale;
-        q[i] = on_grid<Q>(v[i], scale);
-      }
-      store<V>((Q*)a.values + row * a.channels + c, q);
+    for (int i = 0; i < V; ++i) {
+      float scale = scale_of<Q>(a.most[b * a.channels + c + i]);
+      if (t == 0) a.scale[b * a.channels + c + i] = scale;
+      v[i] = on_grid<Q>(v[i], scale);
     }
-  }
+    store<V>((Q*)a.values + row * a.channels + c, v);
+  });
 }
 
 #define OF_WIDTH(T, V)                                                                                                       \

@@ -61,8 +61,6 @@ def test_scratch_memory_can_be_used_again(machine: Machine) -> None:
     seen = []
     for _ in range(2):
         sums, still = torch.empty(2, 2), torch.empty(2, dtype=torch.bool)
-        assert machine.backend.run(
-            lambda kernels, stream, sums=sums, still=still: launch.drift(kernels, stream, sums, still, now, before, 1.0, parts, arrived)
-        )
+        assert machine.backend.run(launch.drift, sums, still, now, before, 1.0, parts, arrived)
         seen.append(sums)
     assert torch.equal(seen[0], seen[1]) and not arrived.any()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from hasten.kernels.cubins import HEADERS, SOURCES, Cubins, source_text
-from hasten.kernels.nvrtc import CompileError, Compiler, find_nvrtc
+from hasten.kernels.nvrtc import CompileError, Compiler
 from hasten.kernels.report import ARCHITECTURES
 from tests.kernels.machine import CUDA, Machine
 
-pytestmark = pytest.mark.skipif(find_nvrtc() is None, reason="needs NVRTC: pip install nvidia-cuda-nvrtc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the [dev] extra brings NVRTC on Linux only")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,6 @@ def names(library: Path) -> set[str]:
 
 
 def compiles(compiler: Compiler, source: str, architecture: str, names: set[str]) -> None:
-    if int(architecture[3:]) not in compiler.architectures():
-        pytest.skip(f"NVRTC {compiler.version} knows no {architecture}")
     made = Cubins(architecture, compiler=compiler).compile(source)
     assert made.cubin[:4] == b"\x7fELF" and "warning" not in made.log
     used = made.resources()

@@ -10,36 +10,41 @@ import torch
 from torch import Tensor
 
 from hasten.kernels import fused, ops, reference
+from hasten.kernels.arguments import Fix, Grid, Modulation, Noise, Norm, Selection, Weight
 from tests.kernels.cases import same, values
 
 X, Y = values((2, 5, 16), torch.float32, 1), values((2, 5, 16), torch.float32, 2)
 HALF = X.bfloat16()
 PACKED = reference.delta_store(X, Y, "int8")
-TABLE = values((2, 16), torch.float32, 3), values((2, 16), torch.float32, 4)
-WEIGHT, SCALES = values((12, 16), torch.int8, 5, spread=50.0), values((12,), torch.float32, 6).abs()
-GRID = {"scale": torch.tensor([0.03]), "zero": torch.tensor([2.0]), "sums": WEIGHT.sum(1, dtype=torch.int32)}
+FIX = Fix(values((2, 16), torch.float32, 3), values((2, 16), torch.float32, 4))
+WEIGHT = Weight(values((12, 16), torch.int8, 5, spread=50.0), values((12,), torch.float32, 6).abs())
+BIASED = WEIGHT._replace(bias=WEIGHT.scale)
+GRID = Grid(torch.tensor([0.03]), torch.tensor([2.0]), WEIGHT.values.sum(1, dtype=torch.int32))
 LOGITS, CURRENT = values((2, 3, 40), torch.float32, 7), torch.tensor([[0, 5, 0], [9, 0, 0]])
-NOISE = 0.7, torch.tensor([1, 2]), torch.arange(3).expand(2, 3), torch.tensor([0, 4])
+NOISE = Noise(0.7, torch.tensor([1, 2]), torch.arange(3).expand(2, 3), torch.tensor([0, 4]))
 ROWS = torch.tensor([1, 1, 0])
 
 CALLS: dict[str, list[tuple[Any, ...]]] = {
-    "delta_apply": [(X, Y), (HALF, *PACKED, *TABLE), (X.mT, Y.mT)],
-    "forecast_apply": [(X, [Y, X], [], [2.0, -1.0]), (X, [PACKED[0]] * 3, [PACKED[1]] * 3, [3.0, -3.0, 1.0], *TABLE)],
+    "delta_apply": [(X, Y), (HALF, *PACKED, FIX), (X.mT, Y.mT)],
+    "forecast_apply": [(X, [Y, X], [], [2.0, -1.0]), (X, [PACKED[0]] * 3, [PACKED[1]] * 3, [3.0, -3.0, 1.0], FIX)],
     "delta_store": [(X, Y, "bf16", False), (X, Y, "int8", False), (HALF, HALF, "int8", True)],
     "quantise_rows": [(HALF, "int8"), (X.mT, "int8")],
     "gated_residual_adaln": [
-        (X, Y, None, None, None, None, None, 1e-6, False),
-        (X, Y, X[:, :1], Y[:, :1], X[:, :1], X[0, 0], Y[0, 0], 1e-6, True),
+        (X, Y, Modulation(), Norm()),
+        (X, Y, Modulation(X[:, :1], Y[:, :1], X[:, :1]), Norm(X[0, 0], Y[0, 0], 1e-6, True)),
     ],
-    "gated_residual_adaln_quant": [(HALF, HALF, None, HALF[:, :1], HALF[:, :1], None, None, 1e-6, False, "int8")],
+    "gated_residual_adaln_quant": [(HALF, HALF, Modulation(None, HALF[:, :1], HALF[:, :1]), Norm(), "int8")],
     "gelu_quant": [(X, "gelu", "int8"), (HALF, "swiglu", "int8")],
-    "int8_linear": [(X, WEIGHT, SCALES), (HALF, WEIGHT, SCALES, SCALES, *GRID.values(), X[0, 0].abs() + 1, SCALES, SCALES, "silu")],
+    "int8_linear": [
+        (X, WEIGHT),
+        (HALF, BIASED, GRID._replace(smooth=X[0, 0].abs() + 1), Fix(WEIGHT.scale, WEIGHT.scale), "silu"),
+    ],
     "drift": [(X, Y, 0.5), (X.mT, Y.mT, 0.5)],
     "reindex": [([X, HALF, PACKED[0]], ROWS)],
-    "token_stats": [(LOGITS, CURRENT, [0]), (LOGITS, CURRENT, [0, 3], 0.7, *NOISE)],
+    "token_stats": [(LOGITS, CURRENT, [0]), (LOGITS, CURRENT, [0, 3], 0.7, NOISE)],
     "token_commit": [
-        (LOGITS, CURRENT, [0], None, 0, 0.5, 1, "margin"),
-        (LOGITS, CURRENT, [0], CURRENT == 0, 0, 0.5, 1, "entropy", 0.7, *NOISE),
+        (LOGITS, CURRENT, [0], Selection(0, 0.5, 1, "margin")),
+        (LOGITS, CURRENT, [0], Selection(0, 0.5, 1, "entropy", CURRENT == 0), 0.7, NOISE),
     ],
 }
 EACH = [pytest.param(name, args, id=f"{name}-{k}") for name, calls in CALLS.items() for k, args in enumerate(calls)]
@@ -56,13 +61,20 @@ def test_every_op_is_tried() -> None:
 @pytest.mark.parametrize(("name", "args"), EACH)
 def test_ops_are_what_torch_wants(name: str, args: tuple[Any, ...]) -> None:
     """Schema, fake tensors, functionalisation: what opcheck looks at. Results are new and dense."""
-    op = getattr(torch.ops.hasten, name).default
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"))
-    made, meant = flat(op(*args)), flat(getattr(reference, name)(*args))
+    op, flat_args = getattr(torch.ops.hasten, name).default, spread(args)
+    torch.library.opcheck(
+        op, flat_args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    )
+    made, meant = flat(op(*flat_args)), flat(getattr(reference, name)(*args))
     inputs = {t.data_ptr() for t in flat(args)}
     assert len(made) == len(meant)
     for one, other in zip(made, meant, strict=True):
         assert same(one, other) and one.is_contiguous() and (one.data_ptr() not in inputs or not one.numel())
+
+
+def spread(args: Sequence[Any]) -> tuple[Any, ...]:
+    """As PyTorch's ops take them: one by one, what belongs together as well."""
+    return tuple(value for arg in args for value in (arg if hasattr(arg, "_fields") else [arg]))
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -74,13 +86,13 @@ def flat(value: Any) -> list[Tensor]:
 
 def everything(x: Tensor, y: Tensor, logits: Tensor, current: Tensor) -> list[Tensor]:
     values8, scale = ops.delta_store(x, y, "int8")
-    moved = ops.delta_apply(x, values8, scale, *TABLE)
+    moved = ops.delta_apply(x, values8, scale, FIX)
     moved = ops.forecast_apply(moved, [y, x], [1.5, -0.5])
     still = ops.drift(moved, x, 0.1)
-    joined, modulated = ops.gated_residual_adaln(moved, y, TABLE[0], TABLE[1], TABLE[0])
+    joined, modulated = ops.gated_residual_adaln(moved, y, Modulation(FIX.scale, FIX.shift, FIX.scale))
     eight = ops.gated_residual_adaln_quant(joined, modulated, kind="int8")
-    made = ops.int8_linear(modulated, WEIGHT, SCALES, bias=SCALES, activation="gelu", **GRID)
-    stats, commits, after = ops.token_commit(logits, current, [0], mask=0, threshold=0.1, noise=ops.Noise(*NOISE))
+    made = ops.int8_linear(modulated, BIASED, GRID, activation="gelu")
+    stats, commits, after = ops.token_commit(logits, current, [0], Selection(0, 0.1), noise=NOISE)
     return [*still, *eight, made, *ops.gelu_quant(made), *ops.reindex([made, eight[1]], ROWS), *stats, commits, after]
 
 
@@ -116,9 +128,9 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     (r"values must be \[2, 5, 16\] of one type of", lambda: ops.delta_apply(X, Y[:1])),
     ("values must be .* not torch.float16", lambda: ops.delta_apply(X, Y.half())),
     (r"scale must be float32 \[2, 5, 1\] or \[2, 1, 16\]", lambda: ops.delta_apply(X, Y, X[:, :, 0])),
-    ("fix_scale and fix_shift must be given together", lambda: ops.delta_apply(X, Y, fix_scale=TABLE[0])),
-    (r"fix_scale must be float32 \[groups, 16\]", lambda: ops.delta_apply(X, Y, None, X[:, 0, :8], X[:, 0, :8])),
-    ("fix_scale must have groups that 2 samples can be shared among, not 3", lambda: ops.delta_apply(X, Y, None, X[0, :3], X[0, :3])),
+    ("fix_scale and fix_shift must be given together", lambda: torch.ops.hasten.delta_apply(X, Y, fix_scale=FIX.scale)),
+    (r"fix_scale must be float32 \[groups, 16\]", lambda: ops.delta_apply(X, Y, None, Fix(X[:, 0, :8], X[:, 0, :8]))),
+    ("fix_scale must have groups that 2 samples can be shared among, not 3", lambda: ops.delta_apply(X, Y, None, Fix(X[0, :3], X[0, :3]))),
     ("values must be 1 to 3 with as many weights and scales, not 4, 4 and 0", lambda: ops.forecast_apply(X, [Y] * 4, [1.0] * 4)),
     ("values must be 1 to 3 with as many weights and scales, not 2, 1 and 0", lambda: ops.forecast_apply(X, [Y] * 2, [1.0])),
     (r"before must be torch.float32 \[2, 5, 16\] like after", lambda: ops.delta_store(X, HALF, "int8")),
@@ -127,17 +139,17 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("after must have at least one channel", lambda: ops.delta_store(X[..., :0], Y[..., :0], "int8")),
     ("kind must be one of int8, fp8, not 'bf16'", lambda: ops.quantise_rows(X, "bf16")),
     (r"y must be torch.float32 \[2, 5, 16\] like residual", lambda: ops.gated_residual_adaln(X, HALF)),
-    (r"gate must be .* broadcasts against \[2, 5, 16\]", lambda: ops.gated_residual_adaln(X, Y, X[:, :2])),
-    ("scale must be torch.bfloat16 or float32", lambda: ops.gated_residual_adaln(HALF, HALF, None, HALF[:, :1].half())),
-    (r"weight must be floating \[16\]", lambda: ops.gated_residual_adaln(X, Y, weight=X[0])),
+    (r"gate must be .* broadcasts against \[2, 5, 16\]", lambda: ops.gated_residual_adaln(X, Y, Modulation(X[:, :2]))),
+    ("scale must be torch.bfloat16 or float32", lambda: ops.gated_residual_adaln(HALF, HALF, Modulation(None, HALF[:, :1].half()))),
+    (r"weight must be floating \[16\]", lambda: ops.gated_residual_adaln(X, Y, norm=Norm(X[0]))),
     ("activation must be one of gelu, gelu_tanh, geglu, swiglu, not 'relu'", lambda: ops.gelu_quant(X, "relu")),
     ("x must have an even number of channels for 'swiglu', not 15", lambda: ops.gelu_quant(X[..., 1:], "swiglu")),
-    (r"weight must be int8 \[out, 16\] with entries", lambda: ops.int8_linear(X, WEIGHT.t(), SCALES)),
-    ("scale, zero and sums must be given together", lambda: ops.int8_linear(X, WEIGHT, SCALES, scale=GRID["scale"])),
-    ("smooth must come with scale", lambda: ops.int8_linear(X, WEIGHT, SCALES, smooth=X[0, 0])),
-    (r"weight_scale must be torch.float32 \[12\]", lambda: ops.int8_linear(X, WEIGHT, SCALES[:5])),
-    (r"bias must be torch.float32 or torch.bfloat16 \[12\]", lambda: ops.int8_linear(HALF, WEIGHT, SCALES, bias=SCALES.half())),
-    ("activation must be one of none, gelu, gelu_tanh, silu, not 'relu'", lambda: ops.int8_linear(X, WEIGHT, SCALES, activation="relu")),
+    (r"weight must be int8 \[out, 16\] with entries", lambda: ops.int8_linear(X, WEIGHT._replace(values=WEIGHT.values.t()))),
+    ("scale, zero and sums must be given together", lambda: torch.ops.hasten.int8_linear(X, *WEIGHT, scale=GRID.scale)),
+    ("smooth must come with scale", lambda: torch.ops.hasten.int8_linear(X, *WEIGHT, smooth=X[0, 0])),
+    (r"weight_scale must be torch.float32 \[12\]", lambda: ops.int8_linear(X, WEIGHT._replace(scale=WEIGHT.scale[:5]))),
+    (r"bias must be torch.float32 or torch.bfloat16 \[12\]", lambda: ops.int8_linear(HALF, WEIGHT._replace(bias=WEIGHT.scale.half()))),
+    ("activation must be one of none, gelu, gelu_tanh, silu, not 'relu'", lambda: ops.int8_linear(X, WEIGHT, activation="relu")),
     (r"before must be torch.float32 \[2, 5, 16\] like now", lambda: ops.drift(X, Y[:1], 0.1)),
     ("now must have samples with entries", lambda: ops.drift(X[:, :0], Y[:, :0], 0.1)),
     ("tensors must be at least one", lambda: ops.reindex([], ROWS)),
@@ -146,10 +158,12 @@ REFUSED: list[tuple[str, Callable[[], Any]]] = [
     ("suppressed must leave a token of a vocabulary of 2", lambda: ops.token_stats(LOGITS[..., :2], CURRENT, [0, 1, 7])),
     ("suppressed must be token ids of at least 0", lambda: ops.token_stats(LOGITS, CURRENT, [-1])),
     ("divisor must be a number above 0, not 0.0", lambda: ops.token_stats(LOGITS, CURRENT, [0], divisor=0.0)),
-    (r"noise.seeds must be int64 \[2\]", lambda: ops.token_stats(LOGITS, CURRENT, [0], noise=ops.Noise(1.0, ROWS, NOISE[2], NOISE[3]))),
-    ("noise.scale must be a number above 0", lambda: ops.token_stats(LOGITS, CURRENT, [0], noise=ops.Noise(0.0, *NOISE[1:]))),
-    ("score must be one of low_confidence, margin, entropy", lambda: ops.token_commit(LOGITS, CURRENT, [], mask=0, threshold=1, score="p")),
-    (r"active must be bool \[2, 3\]", lambda: ops.token_commit(LOGITS, CURRENT, [], mask=0, threshold=1, active=CURRENT)),
+    (r"noise.seeds must be int64 \[2\]", lambda: ops.token_stats(LOGITS, CURRENT, [0], noise=NOISE._replace(seeds=ROWS))),
+    ("noise.scale must be a number above 0", lambda: ops.token_stats(LOGITS, CURRENT, [0], noise=NOISE._replace(scale=0.0))),
+    ("score must be one of low_confidence, margin, entropy", lambda: ops.token_commit(LOGITS, CURRENT, [], Selection(0, 1, score="p"))),
+    (r"active must be bool \[2, 3\]", lambda: ops.token_commit(LOGITS, CURRENT, [], Selection(0, 1, active=CURRENT))),
+    ("minimum must be at least 0, not -1", lambda: ops.token_commit(LOGITS, CURRENT, [], Selection(0, 1, minimum=-1))),
+    ("seeds, positions and steps must be given with noise", lambda: torch.ops.hasten.token_stats(LOGITS, CURRENT, [], noise=0.5)),
 ]  # fmt: skip
 
 
@@ -169,6 +183,6 @@ def test_empty_batches_are_fine() -> None:
     none = X[:0]
     assert ops.delta_apply(none, none).shape == none.shape
     assert [t.shape for t in ops.quantise_rows(none, "int8")] == [(0, 5, 16), (0, 5, 1)]
-    assert ops.int8_linear(none, WEIGHT, SCALES).shape == (0, 5, 12)
+    assert ops.int8_linear(none, WEIGHT).shape == (0, 5, 12)
     assert ops.drift(none, none, 0.1)[1].shape == (0,)
     assert ops.reindex([none, none], ROWS[:0])[0].shape == none.shape

@@ -12,6 +12,7 @@ from hasten.accelerators.decoding.noise import Key, gumbel
 from hasten.accelerators.decoding.quota import top
 from hasten.accelerators.decoding.statistics import Sampling, measure
 from hasten.kernels import fused, ops, reference
+from hasten.kernels.arguments import Noise, Selection
 from tests.kernels.cases import FEW, LAYOUTS, dtypes, laid_out, same, seeds, values
 from tests.kernels.machine import Machine
 
@@ -53,23 +54,20 @@ def test_statistics_are_the_references(  # type: ignore[no-untyped-def]
         suppressed = []
     logits = laid_out(values((rows, width, vocabulary), dtype, seed, extremes=extremes, spread=spread), layout)
     current = torch.randint(-1, vocabulary + 2, (rows, width), generator=torch.Generator().manual_seed(seed))
-    key = key_of(rows, width, seed)
-    want = reference.token_stats(logits, current, suppressed, divisor, noise, *key)
-    got = fused.token_stats(machine.backend, logits, current, suppressed, divisor, noise, *key)
+    drawn = Noise(noise, *key_of(rows, width, seed)) if noise else None
+    want = reference.token_stats(logits, current, suppressed, divisor, drawn)
+    got = fused.token_stats(machine.backend, logits, current, suppressed, divisor, drawn)
     assert got is not None
     agree(got, want, logits, noise)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize(("temperature", "tempered"), [(0.0, False), (0.8, False), (0.8, True)])
 def test_they_are_what_decoding_measures(any_machine: Machine, temperature: float, tempered: bool) -> None:
-    if tempered and temperature == 0:
-        return
     mask, logits = 7, values((3, 5, 300), torch.bfloat16, 4, spread=3.0, extremes=4)
     current = torch.randint(0, 300, (3, 5), generator=torch.Generator().manual_seed(0))
     current[:, ::2] = mask
     seeds, positions, steps = key_of(3, 5, 1)
-    noise = ops.Noise(1.0 if tempered else temperature, seeds, positions, steps) if temperature else None
+    noise = Noise(1.0 if tempered else temperature, seeds, positions, steps) if temperature else None
     theirs = measure(logits, current, Sampling(mask, (3,), temperature, tempered), key=Key(seeds, positions, steps))
     ours = ops.token_stats(logits, current, [mask, 3], divisor=temperature if tempered else 1.0, noise=noise)
     names = (
@@ -103,7 +101,7 @@ def test_noise_is_not_lost_in_huge_logits(any_machine: Machine) -> None:
     logits[..., [2, 9]] = 1e30
     seeds, steps = torch.tensor([11]), torch.tensor([0])
     got = fused.token_stats(
-        any_machine.backend, logits, torch.zeros(1, 400, dtype=torch.int64), [], 1.0, 1.0, seeds, torch.arange(400)[None], steps
+        any_machine.backend, logits, torch.zeros(1, 400, dtype=torch.int64), [], 1.0, Noise(1.0, seeds, torch.arange(400), steps)
     )
     assert got is not None
     drawn = got[0][0]
@@ -114,17 +112,8 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(any_machine: Machine) ->
     """Skipping noise that cannot win must not skew the draw: 1,500 draws over eight tokens."""
     logits = values((1, 1, 8), torch.float32, 2, spread=1.5).expand(1, 1500, 8)
     p = logits[0, 0].softmax(0)
-    got = fused.token_stats(
-        any_machine.backend,
-        logits,
-        torch.zeros(1, 1500, dtype=torch.int64),
-        [],
-        1.0,
-        1.0,
-        torch.tensor([5]),
-        torch.arange(1500)[None],
-        torch.tensor([1]),
-    )
+    noise = Noise(1.0, torch.tensor([5]), torch.arange(1500)[None], torch.tensor([1]))
+    got = fused.token_stats(any_machine.backend, logits, torch.zeros(1, 1500, dtype=torch.int64), [], 1.0, noise)
     assert got is not None
     share = torch.bincount(got[0][0].flatten(), minlength=8) / 1500
     assert bool(((share - p).abs() < 4.5 * (p * (1 - p) / 1500).sqrt()).all())
@@ -133,8 +122,8 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(any_machine: Machine) ->
 def test_a_row_measures_the_same_alone_and_in_a_batch(machine: Machine) -> None:
     logits = values((3, 4, 20_000), torch.bfloat16, 3, spread=4.0)
     current, key = torch.zeros(3, 4, dtype=torch.int64), key_of(3, 4, 2)
-    together = fused.token_stats(machine.backend, logits, current, [1], 1.0, 1.0, *key)
-    alone = fused.token_stats(machine.backend, logits[1:2].clone(), current[1:2], [1], 1.0, 1.0, *(t[1:2] for t in key))
+    together = fused.token_stats(machine.backend, logits, current, [1], 1.0, Noise(1.0, *key))
+    alone = fused.token_stats(machine.backend, logits[1:2].clone(), current[1:2], [1], 1.0, Noise(1.0, *(t[1:2] for t in key)))
     assert together is not None and alone is not None
     assert torch.equal(together[0][:, 1:2], alone[0]) and same(together[1][:, 1:2], alone[1])
 
@@ -156,13 +145,14 @@ def test_commits_are_those_of_a_threshold(
     current = torch.where(torch.rand(rows, width, generator=generator) < 0.6, mask, 3)
     active = torch.rand(rows, width, generator=generator) < 0.7 if bounded else None
     threshold = -threshold if score == "entropy" else threshold
-    got = fused.token_commit(machine.backend, logits, current, [mask], active, mask, threshold, minimum, score)
+    selection = Selection(mask, threshold, minimum, score, active)
+    got = fused.token_commit(machine.backend, logits, current, [mask], selection)
     assert got is not None
     ids, numbers, commits, after = got
     candidates = (current == mask) & (True if active is None else active)
     assert torch.equal(commits, candidates & (numbers[8] >= threshold) | top(numbers[8], candidates, minimum))
     assert torch.equal(after, torch.where(commits, ids[0], current))
-    want = reference.token_commit(logits, current, [mask], active, mask, threshold, minimum, score)
+    want = reference.token_commit(logits, current, [mask], selection)
     torch.testing.assert_close(numbers[8], want[1][8], rtol=3e-5, atol=3e-5)
     if not ties:
         assert torch.equal(commits, want[2])

@@ -1,0 +1,248 @@
+"""Whole pipelines of published sizes with random weights in bfloat16, made on the device: plain, compiled, Delta-DiT and planned.
+
+Time does not depend on what the weights are. Text encoders and VAEs are left out: text is random numbers of its size, and pictures stay
+latents.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from hasten.accelerators.caching.delta_dit import DeltaDiT
+from hasten.accelerators.caching.plan import Plan
+from hasten.benchmarks.harness import Timing, Variant, interleave
+from hasten.benchmarks.peers import DBCache, Peer
+from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate
+from hasten.pipelines.planning import plan
+
+PROMPTS = ("a red circle", "a blue square")
+
+Text = Callable[["Subject", Tensor], tuple[Any, ...]]
+"""What a pipeline's `encode_prompt` returns, made from embeddings [1, tokens, channels]."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline of a published size.
+
+    Attributes:
+        name: What it is called.
+        pipeline: Its class in diffusers.
+        transformer: That of its denoiser.
+        config: Of the denoiser, where it is not the class's own.
+        scheduler: Its class in diffusers.
+        text: (tokens, channels) of the text.
+        pooled: Channels of the pooled text, where there is one.
+        encode: What `encode_prompt` returns.
+        call: Arguments of a call.
+    """
+
+    name: str
+    pipeline: str
+    transformer: str
+    config: Mapping[str, Any]
+    scheduler: str
+    text: tuple[int, int]
+    encode: Text
+    call: Mapping[str, Any]
+    pooled: int = 0
+
+
+def _flux_text(subject: Subject, text: Tensor) -> tuple[Any, ...]:
+    return text, text.new_zeros(1, subject.pooled), text.new_zeros(text.shape[1], 3)
+
+
+def _pixart_text(subject: Subject, text: Tensor) -> tuple[Any, ...]:
+    mask = text.new_ones(text.shape[:2])
+    return text, mask, -text, mask
+
+
+def _sd3_text(subject: Subject, text: Tensor) -> tuple[Any, ...]:
+    pooled = text.new_ones(1, subject.pooled)
+    return text, -text, pooled, -pooled
+
+
+def _wan_text(subject: Subject, text: Tensor) -> tuple[Any, ...]:
+    return text, -text
+
+
+PIPELINES = {
+    "FLUX.1-dev": Subject(
+        "FLUX.1-dev", "FluxPipeline", "FluxTransformer2DModel", {"guidance_embeds": True}, "FlowMatchEulerDiscreteScheduler", (512, 4096),
+        _flux_text, {"height": 1024, "width": 1024, "num_inference_steps": 28}, 768,
+    ),
+    "PixArt-alpha-XL": Subject(
+        "PixArt-alpha-XL", "PixArtAlphaPipeline", "PixArtTransformer2DModel", {"sample_size": 64, "caption_channels": 4096},
+        "DPMSolverMultistepScheduler", (120, 4096), _pixart_text,
+        {"height": 512, "width": 512, "num_inference_steps": 20, "use_resolution_binning": False},
+    ),
+    "SD3-medium": Subject(
+        "SD3-medium", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+        {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+        "FlowMatchEulerDiscreteScheduler", (333, 4096), _sd3_text, {"height": 1024, "width": 1024, "num_inference_steps": 28}, 2048,
+    ),
+    "Wan2.1-1.3B": Subject(
+        "Wan2.1-1.3B", "WanPipeline", "WanTransformer3DModel", {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+        "FlowMatchEulerDiscreteScheduler", (512, 4096), _wan_text,
+        {"height": 480, "width": 832, "num_frames": 33, "num_inference_steps": 20},
+    ),
+}  # fmt: skip
+"""The sizes of the published checkpoints; 33 frames and 20 steps keep the video short."""
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(subject: Subject, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The pipeline of diffusers, its denoiser made at random on the device, its text encoders replaced by random text."""
+    torch.manual_seed(0)
+    with _made_in(dtype, device):
+        denoiser = getattr(diffusers, subject.transformer)(**subject.config).eval()
+    kind = getattr(diffusers, subject.pipeline)
+    parts: dict[str, Any] = dict.fromkeys(kind._get_signature_keys(kind)[0])
+    parts |= {"transformer": denoiser, "scheduler": getattr(diffusers, subject.scheduler)()}
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+
+    def encode(prompt: str | Sequence[str], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        made = []
+        for words in [prompt] if isinstance(prompt, str) else prompt:
+            generator = torch.Generator().manual_seed(zlib.crc32(words.encode()))
+            text = torch.randn(1, *subject.text, generator=generator).to(device, dtype)
+            made.append(subject.encode(subject, text))
+        return tuple(torch.cat(column) if len(column[0]) == 1 else column[0] for column in zip(*made, strict=True))  # ids are no batch
+
+    pipe.encode_prompt = encode
+    return pipe
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a pipeline.
+
+    Attributes:
+        pipe: What is called.
+        kernels: Whether the fused kernels may be used.
+        peer: Another project's cache, put on for each run.
+    """
+
+    pipe: Any
+    kernels: bool = True
+    peer: Peer | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """The most that its plan allows; 1 for the plain pipeline, None where nobody says."""
+        if self.peer is not None:
+            return None
+        return float(self.pipe.report.bound) if isinstance(self.pipe, AcceleratedPipeline) else 1.0
+
+    def timed(self, subject: Subject, device: torch.device, seed: int) -> float:
+        """Seconds of a run."""
+        with ExitStack() as stack:
+            if not self.kernels:
+                stack.enter_context(_environment("HASTEN_KERNELS", "reference"))
+            if self.peer is not None:
+                stack.enter_context(self.peer.on(self.pipe, steps=subject.call["num_inference_steps"]))
+            begin = time.perf_counter()
+            self.pipe(PROMPTS[0], generator=torch.Generator().manual_seed(seed), output_type="latent", **subject.call)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - begin
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def ways_of(pipe: Any, planned: Plan) -> dict[str, Way]:
+    """Plain, Delta-DiT and a plan, each with and without graphs and kernels where that makes a difference, and cache-dit if it is here."""
+    eight = accelerate(pipe, planned, state="int8")
+    ways = {
+        "plain": Way(pipe),
+        "Delta-DiT": Way(accelerate(pipe, DeltaDiT())),
+        "Delta-DiT, graphs": Way(accelerate(pipe, DeltaDiT(), graphs=True)),
+        "planner": Way(accelerate(pipe, planned)),
+        "planner, graphs": Way(accelerate(pipe, planned, graphs=True)),
+        "planner, without kernels": Way(accelerate(pipe, planned), kernels=False),
+        "planner, int8 state": Way(eight),
+        "planner, int8 state, without kernels": Way(eight, kernels=False),
+    }
+    peer = DBCache(threshold=0.12, warmup=8, continuous=-1)
+    return ways | ({"cache-dit": Way(pipe, peer=peer)} if peer.version is not None else {})
+
+
+def time_pipeline(subject: Subject, device: torch.device, compiled: bool, rounds: int = 3, speedup: float = 2.0) -> list[dict[str, Any]]:
+    """A row for each variant; the runs of all take turns.
+
+    Args:
+        subject: What is built; its memory is free again afterwards.
+        device: Where it runs.
+        compiled: Compile blocks one by one and time that, too.
+        rounds: How often each runs, after three runs that are not counted: by then all graphs are made.
+        speedup: What the planner is asked for.
+
+    Raises:
+        ValueError: That speed-up is out of reach.
+    """
+    pipe = build(subject, device)
+    planned = plan(pipe, PROMPTS, speedup=speedup, replays=1, batch=1, progress=False, **subject.call)
+    ways = ways_of(pipe, planned)
+    rows = _timed(subject, ways, device, rounds, "")
+    if compiled:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        # What cache-dit puts on does not go with blocks that were compiled before.
+        rows += _timed(subject, {name: way for name, way in ways.items() if way.peer is None}, device, rounds, ", compiled")
+    del pipe, ways
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    plain = rows[0]["seconds"]
+    return [{**row, "speedup": plain / row["seconds"]} for row in rows]
+
+
+def _timed(subject: Subject, ways: Mapping[str, Way], device: torch.device, rounds: int, suffix: str) -> list[dict[str, Any]]:
+    def variant(name: str, way: Way) -> Variant:
+        def run(r: int) -> Timing:
+            took = way.timed(subject, device, r)
+            return Timing(took, took)
+
+        for r in range(3):
+            run(r)
+        return Variant(name, run)
+
+    timings = interleave([variant(name, way) for name, way in ways.items()], rounds)
+    rows = []
+    for name, way in ways.items():
+        took = statistics.median(timing.seconds for timing in timings[name])
+        rows.append({"part": "pipelines", "name": subject.name, "variant": f"{name}{suffix}", "seconds": took, "bound": way.bound})
+    return rows

@@ -1,0 +1,194 @@
+"""The benchmark for GPUs, on a device that is none: it runs from end to end, and its bars and its page say what its rows say."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.benchmarks import kernels
+from hasten.benchmarks.harness import BenchError, Results, unnoted
+from hasten.benchmarks.kernel_pipelines import PIPELINES, Subject, build, time_pipeline
+from hasten.benchmarks.kernels import bars_of, execute, scheduler_beside
+from hasten.kernels import report
+from hasten.kernels.backend import Backend
+from hasten.kernels.driver import DriverError, Kernels
+from hasten.kernels.nvrtc import Resources
+from hasten.kernels.trials import DECODING, TRIALS
+from tests.kernels.machine import Machine
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "checked": ((1, 3, 40),), "checked_logits": ((1, 2, 65),), "blocks": ((1, 2, 16),), "logits": ((2, 4, 64),), "pipelines": (),
+    "compiled": False, "minutes": 1.0, "cached": (), "note": unnoted, "device": CPU, "copied": 1 << 12,
+}  # fmt: skip
+FOUND = {"one": {"one_float_4": {name: Resources(40, 128, 0) for name in report.ARCHITECTURES}}}
+
+
+@pytest.fixture(scope="module")
+def results(any_machine: Machine) -> Results:
+    return execute(backend=any_machine.backend, **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer is a small one."""
+    measure = kernels.int8_on_cpu
+    monkeypatch.setattr(kernels, "int8_on_cpu", lambda *sizes, rounds=1: measure(*(sizes or (4, 16, 8)), rounds=rounds))
+
+
+def test_all_ops_are_checked_and_timed(results: Results) -> None:
+    names = [trial.name for trial in (*TRIALS, *DECODING)]
+    of = {part: [row for row in results.rows if row["part"] == part] for part in ("checks", "times", "decoding")}
+    assert [row["name"] for row in of["checks"]] == [name for name in names for _ in range(3)] and all(row["right"] for row in of["checks"])
+    assert [row["name"] for row in of["times"]] == names and all(row["kernel"] > 0 and row["compiled"] is None for row in of["times"])
+    assert len(of["decoding"]) == 1 and of["decoding"][0]["unlike"] == 0
+    right = [bar for bar in results.bars if "time over" not in bar.name and "step over" not in bar.name]
+    assert all(bar.holds for bar in right), right
+
+
+def test_the_page_says_what_was_measured(results: Results, tmp_path: Path) -> None:
+    results.write_json(tmp_path / "kernels.json")
+    text = report.on_gpu(json.loads((tmp_path / "kernels.json").read_text()))
+    assert "| token_stats, drawn | bfloat16 | 2 x 4 x 64 |" in text and "### Pipelines\n\nNot measured." in text and "### Bars" in text
+    assert "token_stats, drawn" in kernels.page(results)
+    assert report.on_gpu(None).startswith("Not measured: no number here was seen on a GPU.")
+
+
+def test_the_page_has_every_kernel_and_every_spill() -> None:
+    cpu = {"part": "cpu", "name": "own", "float32": 40.0, "int8": 8.0, "ratio": 5.0}
+    text = report.page(FOUND, (13, 0), {"rows": [cpu], "settings": {"device": None}, "machine": {"processor": "x"}})
+    assert "1 kernels for each of 7 architectures, 7 in all: none spills registers" in text
+    assert f"| `one_float_4` |{' 40 / 128 |' * 7} 0 |" in text and "| own | 40 | 8 | 5 |" in text and "Not measured: no" in text
+    assert "The bar is 5 times as fast.\n\nNot measured." in report.page(FOUND, (13, 0))
+    spilled = {"one": {"one_float_4": {**FOUND["one"]["one_float_4"], "sm_75": Resources(255, 128, 16)}}}
+    text = report.page(spilled, (13, 0))
+    assert "1 spills registers" in text and "| 16 |" in text and "255 / 128" in text
+
+
+def test_the_written_page_has_every_kernel(any_machine: Machine) -> None:
+    """And no spill: whoever adds a kernel runs `python -m hasten.kernels.report`."""
+    text = report.PAGE.read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(any_machine.names())
+    assert all(len(row) == 2 + len(report.ARCHITECTURES) and row[-1].strip() == "0" for row in rows.values())
+    assert all(f"| {name} |" in text for name in report.ARCHITECTURES)
+
+
+def test_bars_are_those_of_the_rows() -> None:
+    check = {"part": "checks", "error": 0.4, "right": True, "unlike": 3, "exact": False}
+    time = {"part": "times", "name": "a", "size": [1, 4096, 3072], "bound": True, "decoding": False, "share": 0.9, "kernel": 2.0}
+    small, logits = {**time, "size": [1, 8, 8], "share": 0.1}, {**time, "decoding": True, "share": 0.1}
+    slow = {**time, "name": "slow", "share": 0.8, "compiled": 1.0}
+    step = {"part": "decoding", "ratio": 12.0, "unlike": 0}
+    bars = bars_of([check, {**time, "compiled": 3.0}, {**small, "compiled": 9.0}, {**logits, "compiled": 9.0}, slow, step])
+    assert [bar.value for bar in bars] == [0.4, 0, 0, 0.8, 0.5, 12.0, 0]
+    assert [bar.holds for bar in bars] == [True, True, True, False, False, True, True]
+    assert "slow" in bars[3].note and len(bars_of([check])) == 3
+    assert [bar.holds for bar in bars_of([{**check, "error": 1.1, "right": False, "exact": True}])] == [False] * 3
+
+
+def test_the_step_beside_it_commits_the_same_tokens(any_machine: Machine) -> None:
+    row = scheduler_beside((3, 8, 300), any_machine.backend, CPU)
+    assert row["unlike"] == 0 and row["ratio"] == row["eager"] / row["kernel"]
+
+
+def test_without_a_gpu_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = kernels.int8_on_cpu(4, 16, 8, rounds=1)
+    monkeypatch.setattr(kernels, "int8_on_cpu", lambda: [{**row, "ratio": 5.5} for row in small])
+    assert kernels.run(quick=True, json_path=tmp_path / "kernels.json") == 0
+    assert "no CUDA device was found: what needs a GPU is not measured" in capsys.readouterr().err
+    read = json.loads((tmp_path / "kernels.json").read_text())
+    assert [row["part"] for row in read["rows"]] == ["cpu"] * 2 and read["settings"]["device"] is None
+    assert read["bars"][0]["holds"] and "| a grid fixed beforehand |" in report.on_cpu(read)
+    monkeypatch.setattr(kernels, "int8_on_cpu", lambda: [{**row, "ratio": 4.9} for row in small])
+    assert kernels.main([]) == 1
+
+
+def test_a_gpu_that_runs_no_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "int8_on_cpu", list)
+
+    def make() -> Kernels:
+        raise DriverError("no CUDA driver")
+
+    with pytest.warns(RuntimeWarning), pytest.raises(BenchError, match="delta_store, bf16: no CUDA driver"):
+        execute(backend=Backend(make, lambda: 0), **SMALL)
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "FLUX.1-dev": {
+        "config": {"in_channels": 4, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+                   "joint_attention_dim": 24, "pooled_projection_dim": 12, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True},
+        "text": (5, 24), "pooled": 12,
+    },
+    "PixArt-alpha-XL": {
+        "config": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 4, "cross_attention_dim": 32, "sample_size": 8,
+                   "caption_channels": 24},
+        "text": (5, 24),
+    },
+    "SD3-medium": {
+        "config": {"sample_size": 8, "num_layers": 4, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
+                   "caption_projection_dim": 32, "pooled_projection_dim": 12, "pos_embed_max_size": 8},
+        "text": (5, 24), "pooled": 12,
+    },
+    "Wan2.1-1.3B": {
+        "config": {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 4},
+        "text": (5, 16),
+    },
+}  # fmt: skip
+
+
+def tiny(name: str) -> Subject:
+    """The same pipeline, small."""
+    call = {**PIPELINES[name].call, "height": 64, "width": 64, "num_inference_steps": 4}
+    return replace(PIPELINES[name], **TINY[name], call={**call, "num_frames": 5} if "num_frames" in call else call)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_are_timed_in_every_way(name: str) -> None:
+    rows = time_pipeline(tiny(name), CPU, compiled=False, rounds=1, speedup=1.1)
+    names = [row["variant"] for row in rows if row["variant"] != "cache-dit"]  # wherever it is installed
+    assert names == [
+        "plain", "Delta-DiT", "Delta-DiT, graphs", "planner", "planner, graphs", "planner, without kernels", "planner, int8 state",
+        "planner, int8 state, without kernels",
+    ]  # fmt: skip
+    assert rows[0]["speedup"] == 1 and all(row["seconds"] > 0 and row["part"] == "pipelines" for row in rows)
+    assert rows[0]["bound"] == 1 and all(row["bound"] > 1 for row in rows[1:8])
+    assert "HASTEN_KERNELS" not in os.environ
+    assert {row.pop("name") for row in rows} == {name}
+
+
+def test_a_pipeline_that_cannot_be_timed_costs_no_results(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def large(subject: Subject, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24 GiB.")
+
+    monkeypatch.setattr(kernels, "time_pipeline", large)
+    rows = execute(backend=any_machine.backend, **{**SMALL, "pipelines": ("FLUX.1-dev",)}).rows
+    assert rows[-1]["variant"] == "not run: CUDA out of memory" and rows[2]["part"] == "checks"
+    assert "| FLUX.1-dev | not run: CUDA out of memory | not measured |" in report.on_gpu(
+        {"rows": rows, "bars": [], "settings": {"device": "x", "bandwidth": 1e9}}
+    )
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_sizes_are_the_published_ones(name: str) -> None:
+    """Parameters, by hand from the checkpoints: billions."""
+    import diffusers
+
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, PIPELINES[name].transformer)(**PIPELINES[name].config)
+    billions = sum(p.numel() for p in denoiser.parameters()) / 1e9
+    assert abs(billions - {"FLUX.1-dev": 11.90, "PixArt-alpha-XL": 0.611, "SD3-medium": 2.03, "Wan2.1-1.3B": 1.42}[name]) < 0.03
+
+
+def test_the_same_words_are_the_same_text() -> None:
+    pipe = build(tiny("FLUX.1-dev"), CPU)
+    one, same, other = (pipe.encode_prompt(prompt=words)[0] for words in ("a", "a", "b"))
+    assert torch.equal(one, same) and not torch.equal(one, other) and one.dtype == torch.bfloat16
+    assert next(pipe.transformer.parameters()).dtype == torch.bfloat16 and torch.get_default_dtype() == torch.float32
