@@ -24,15 +24,17 @@ def _rate(value: float | None) -> str:
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Every method: its accuracy, its cost, and best-of-N in the same time."""
     head = [
-        "method", "correct (95%)", "change in points (95%)", "all particles", "reward", "denoiser calls", "s per caption",
+        "method", "correct (95%)", "change in points (95%)", "all particles", "apart", "reward", "denoiser calls", "s per caption",
         "samples of time", "best-of-N in that time",
     ]  # fmt: skip
+    independent = next(row["apart"] for row in rows if row["apart"] is not None)  # best-of-N comes first
     lines = [
         [
             row["variant"],
             f"{_rate(row['accuracy'])} ({100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f})",
             f"{row['change']:+.1f} ({row['change_low']:+.1f} to {row['change_high']:+.1f})" if row is not rows[0] else "",
             _rate(row["all_particles"]),
+            "" if row["apart"] is None else f"{row['apart'] / independent:.2f}",
             f"{row['reward']:.3f}",
             f"{row['steps']:.0f}",
             f"{row['seconds']:.2f}",
@@ -76,8 +78,9 @@ def page(results: Results) -> str:
         f"by one, the first {s['searched']} of them). Correct: by the exact verifier, of the sample with the greatest reward. All "
         "particles: the rate over everything that was returned. Best-of-N for every N is averaged over all choices from "
         f'{s["pool"]} independent samples, and N in "samples of time" is the method\'s whole time over that of one sample, decoding and '
-        "verifying included. FK scores at 50 to 90% of the way; its estimates are judged by a tolerance that lets blur pass, except where "
-        "the table says exactly, and finished samples exactly."
+        "verifying included. Apart: how far the particles of a caption are from each other, against independent ones; copies have only the "
+        "noise of the steps that are left to part. FK scores at 50 to 98% of the way; its estimates are judged by a tolerance that lets "
+        "blur pass, except where the table says exactly, and finished samples exactly."
     )
     return bars_last(
         results,

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hasten.accelerators.attention import Attention, AttentionReport
 from hasten.accelerators.caching.auto import Auto
 from hasten.accelerators.caching.compose import Composed
+from hasten.accelerators.caching.graphs import Graphs, graphs_of
 from hasten.accelerators.caching.parts import part_program
 from hasten.accelerators.caching.plan import Plan, PlanError
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.runtime import Method, Session, TraceKey, compiled, compute_all, plan_for
 from hasten.accelerators.caching.segments import state_bytes
-from hasten.accelerators.caching.state import packer
+from hasten.accelerators.caching.state import Packer
 from hasten.accelerators.caching.trace import Trace, TraceError, format_bytes, trace_module
 from hasten.accelerators.dispatch import Call, intercept
 from hasten.accelerators.quantization.int8 import Quantised
@@ -197,20 +199,33 @@ class AcceleratedPipeline:
         method: The method or plan.
         report: What the last run did (of the first denoiser, where there are several; `reports` has all that were called by name).
         trace: The denoiser's trace, None before the first run.
+        graphs: The CUDA graphs of every denoiser by its name, where they were asked for.
+        attention: What the attention layers of every denoiser ran in the last call, by its name, where a back end was asked for.
     """
 
     _OWN = frozenset(
-        {"pipe", "method", "reports", "traces", "__signature__"}
-        | {"_denoisers", "_options", "_lock", "_enabled", "_baselines", "_announced", "_traced", "_quantised"}
+        {"pipe", "method", "reports", "traces", "graphs", "attention", "__signature__"}
+        | {"_denoisers", "_options", "_lock", "_enabled", "_baselines", "_announced", "_traced", "_quantised", "_attention"}
     )
 
-    def __init__(self, pipe: Any, method: Method | Plan, denoisers: tuple[str, ...], **options: Any) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        method: Method | Plan,
+        denoisers: tuple[str, ...],
+        graphs: bool | int = False,
+        attention: Attention | None = None,
+        **options: Any,
+    ) -> None:
         self.pipe = pipe
         self.method = method
         self.reports: dict[str, RunReport] = {}
         self.traces: dict[str, Trace] = {}
         self._traced: dict[str, tuple[nn.Module, dict[TraceKey, Trace]]] = {}
         self._quantised: dict[str, dict[str, Quantised]] = {}
+        self.graphs: dict[str, Graphs] = {name: made for name in denoisers if (made := graphs_of(graphs)) is not None}
+        self.attention: dict[str, AttentionReport] = {}
+        self._attention = attention  # one object for all runs: another would have compiled blocks compiled again
         self._denoisers = denoisers
         self._options = options
         self._lock = threading.Lock()
@@ -308,6 +323,12 @@ class AcceleratedPipeline:
             clock = _Clock(self.pipe.scheduler)
             began = time.perf_counter()
             with ExitStack() as stack:
+                if self._attention is not None and method is self.method:
+                    self.attention = {
+                        name: stack.enter_context(self._attention.applied(module, getattr(self.pipe, "_execution_device", None)))
+                        for name in self._denoisers
+                        if isinstance(module := getattr(self.pipe, name, None), nn.Module)
+                    }
                 sessions = {
                     name: Session(
                         module,
@@ -315,6 +336,7 @@ class AcceleratedPipeline:
                         clock.total,
                         traces=self._known(name, module),
                         quantised=self._quantised.setdefault(name, {}),
+                        graphs=self.graphs.get(name) if method is self.method else None,
                         **self._options,
                     )
                     for name in self._denoisers
@@ -368,6 +390,8 @@ def accelerate(
     force_store: bool = False,
     allow_mismatch: bool = False,
     state: str | None = None,
+    graphs: bool | int = False,
+    attention: str | None = None,
 ) -> AcceleratedPipeline:
     """Wraps a diffusers pipeline so that its calls carry out a method or a plan.
 
@@ -382,9 +406,15 @@ def accelerate(
         force_store: Collect every offset at every step, for tests and timing.
         allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
         state: "int8" or "fp8" to keep stored values in 8 bits with a scale for every token: a half to a quarter of the memory.
+        graphs: True to capture every kind of denoiser call as a CUDA graph and replay it, at most 16 of them, or how many at most. Of
+            use where a call's kernels take less time than Python needs to launch them. The second call of a kind makes its graph, and
+            whatever cannot be captured runs as always, for a reason that the report's warnings tell. They keep memory between runs:
+            that of one more denoiser call, its arguments, and the stored offsets; `fast.graphs[name].clear()` gives it back.
+        attention: What computes the denoiser's attention during calls: "xformers", "flash", "flash3", "sage", "math" or another name that
+            the error for a wrong one lists. None leaves it as it is. After a run `fast.attention[name]` says what each layer ran.
 
     Raises:
-        ValueError: No denoiser, or an option is not one of those allowed.
+        ValueError: No denoiser, an option is not one of those allowed, or the package of the attention back end is missing.
     """
     if isinstance(pipe, AcceleratedPipeline):
         raise ValueError("this pipeline is accelerated already; accelerate(fast.pipe, ...) makes a second wrapper")
@@ -395,7 +425,7 @@ def accelerate(
     if chosen is not None and not hasattr(chosen, "plan") and not isinstance(chosen, Plan):
         raise ValueError(f"method must be a caching method such as hasten.DeltaDiT(), or a Plan, not {type(chosen).__name__}")
     names = tuple(denoisers_of(pipe, denoiser))
-    packer(state)  # refuses what it does not know
+    Packer(state)  # refuses what it does not know
     if nan_check not in ("auto", "sync", "off"):
         raise ValueError(f"nan_check must be 'auto', 'sync' or 'off', not {nan_check!r}")
     return AcceleratedPipeline(
@@ -407,6 +437,8 @@ def accelerate(
         force_store=force_store,
         allow_mismatch=allow_mismatch,
         state=state,
+        graphs=graphs,
+        attention=None if attention is None else Attention(attention),
     )
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.kernels.arguments import Fix
+
 
 class Affine:
     """`scale * value + shift` along one dimension.
@@ -36,18 +38,30 @@ class Affine:
         Raises:
             RuntimeError: The batch is no multiple of the groups, or the channels are others.
         """
-        key = value.device, value.dtype
-        if key not in self._at:  # copied to the device once, not at every step
-            self._at[key] = tuple(t.to(*key) for t in self._given)  # type: ignore[assignment]
+        given = self._on(value.device, value.dtype)
         channels = value.shape[dim]
-        groups = len(self._at[key][0]) // channels
+        groups = len(given[0]) // channels
         shape = [groups, *[1] * value.ndim]
         shape[dim if dim < 0 else dim + 1] = channels
-        scale, shift = (t.view(shape) for t in self._at[key])
+        scale, shift = (t.view(shape) for t in given)
         if self.group is not None and groups > 1:
             return torch.addcmul(shift[self.group], value, scale[self.group])
         grouped = value.unflatten(0, (groups, -1))
         return torch.addcmul(shift, grouped, scale).flatten(0, 1)
+
+    def table(self, device: torch.device, channels: int) -> Fix:
+        """As the fused kernels take it: float32 [groups, channels] each, of the one group alone where all rows belong to it."""
+        scale, shift = (t.view(-1, channels) for t in self._on(device, torch.float32))
+        if self.group is not None and len(scale) > 1:
+            scale, shift = scale[self.group, None], shift[self.group, None]
+        return Fix(scale, shift)
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Copied to the device once, not at every step."""
+        if (device, dtype) not in self._at:
+            scale, shift = (t.to(device, dtype) for t in self._given)
+            self._at[device, dtype] = scale, shift
+        return self._at[device, dtype]
 
 
 def affines(corrections: Mapping[str, np.ndarray], site: str, branch: int, steps: int) -> list[Affine | None] | None:

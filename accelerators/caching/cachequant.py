@@ -23,7 +23,7 @@ from hasten.accelerators.caching.quantised import quantised_tables
 from hasten.accelerators.caching.runtime import compute_all
 from hasten.accelerators.caching.segments import Span
 from hasten.accelerators.caching.solver import segment_dp
-from hasten.accelerators.caching.state import packer, read
+from hasten.accelerators.caching.state import Packer, read
 from hasten.accelerators.caching.trace import Trace
 from hasten.accelerators.quantization.int8 import output_errors, quantised, weight_bytes
 from hasten.accelerators.quantization.ranges import ActivationRanges, ChannelPeaks, layers
@@ -92,7 +92,7 @@ class CacheQuant:
             raise ValueError(f"weights must be one of {', '.join(BITS)} or None, not {self.weights!r}")
         if self.activations not in ("int8", "none"):
             raise ValueError(f"activations must be 'int8' or 'none', not {self.activations!r}")
-        packer(self.state)
+        Packer(self.state)
         if self.smoothing is not None and not 0 <= self.smoothing <= 1:
             raise ValueError(f"smoothing must be from 0 to 1 or None, not {self.smoothing!r}")
         if not self.ridge >= 0:
@@ -252,7 +252,7 @@ class _Errors:
     """Compares the value at every step that is not computed with what the plan puts in its place."""
 
     def __init__(self, plan: Plan, groups: int, dim: int, state: str | None) -> None:
-        self.pack = packer(state)
+        self.pack = Packer(state)
         weights = plan.weights[:, 0, 0] if plan.weights is not None else None
         self.terms = deep_program(plan.actions[:, 0, 0], weights=weights, levels=plan.facts.get("sigmas"))
         self.groups, self.dim = groups, dim

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hasten.accelerators.caching.forward import CHANGED, Collector, Finite, Given, Recompute, Spare, add_offsets, argument, pass_on
+from hasten.accelerators.caching.forward import CHANGED, Collector, Finite, Given, Recompute, Spare, argument, pass_on
+from hasten.accelerators.caching.offsets import add_offsets
 from hasten.accelerators.caching.plan import Action, Plan, PlanError
 from hasten.accelerators.caching.segments import Span, breaks_of
-from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read
+from hasten.accelerators.caching.state import AS_IS, Kept, Packer, moved, probe, read
 from hasten.accelerators.caching.trace import Block, Stream, Trace
 from hasten.accelerators.dispatch import Call, Handler, intercept
+from hasten.accelerators.fusing import fuses
+from hasten.kernels import ops
 
 Memory = dict[str, Tensor]
 """What a decider keeps between the steps of a branch: tensors whose first dimension is the batch."""
@@ -61,6 +64,9 @@ class Decider(Protocol):
 
 def relative_l1(now: Tensor, before: Tensor) -> Tensor:
     """[rows] mean |now - before| over mean |before|, in fp32."""
+    if now.dtype in ops.STREAMS and now.dtype == before.dtype and now[:1].numel() and fuses(now, before):
+        change, size = (ops.drift(now, before, 0.0)[0] / now[0].numel()).unbind(1)
+        return change / size.clamp_min(1e-12)
     now, before = now.flatten(1).float(), before.flatten(1).float()
     return (now - before).abs().mean(1) / before.abs().mean(1).clamp_min(1e-12)
 
@@ -109,7 +115,7 @@ class DecidedState:
         steps: int,
         finite: Finite,
         compactable: dict[type, str | None],
-        pack: Callable[[Tensor], Kept] = as_is,
+        pack: Packer = AS_IS,
     ) -> None:
         self.pack = pack
         self.denoiser, self.decider, self.steps, self.finite, self.compactable = denoiser, decider, steps, finite, compactable
@@ -143,8 +149,7 @@ class DecidedState:
         self.memory.clear()
 
     def reindex(self, rows: Tensor, batch: int | None = None) -> None:
-        self.values = {span: {stream: moved(t, rows, batch) for stream, t in value.items()} for span, value in self.values.items()}
-        self.memory = {name: t.index_select(0, rows.to(t.device)) for name, t in self.memory.items()}
+        self.values, self.memory = moved(self.values, rows, batch), moved(self.memory, rows)
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
         return {Span(*span, step): {i: read(t) for i, t in value.items()} for span, value in self.values.items()}
@@ -203,7 +208,7 @@ class DecidedForward:
             if not any(self.rows):
                 given = Given.all(block, args, kwargs)
                 out = call(*args, **kwargs)
-                collector = self.collectors.setdefault(span, Collector(Span(*span, self.step)))
+                collector = self.collectors.setdefault(span, Collector(Span(*span, self.step), self.branch.pack))
                 if collector.broken is None:
                     collector.take(site, block, given, out, self.branch.spare)
                 return out
@@ -256,7 +261,8 @@ class DecidedForward:
         if broken is not None:
             self.reasons.append(f"the front blocks' offset cannot be told ({broken}): everything is computed")
             return None
-        return next(iter(self.front.value().values()), None)
+        found = next(iter(self.front.value().values()), None)
+        return None if found is None else read(found)
 
     def _modulated(self, block: Block, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], entered: Tensor) -> Tensor:
         """What the first block's attention is given: its normed and modulated input, which knows the noise level."""
@@ -280,10 +286,10 @@ class DecidedForward:
             raise Recompute(CHANGED)
         if site != self.ends[span]:
             return tensor
-        offset = read(offset).to(tensor.device)
         in_place = stream.aliased and self.branch.blocks[site].in_place
         if rows is None:
             return add_offsets(tensor, [(offset, 1.0)], in_place=in_place)
+        offset = read(offset).to(tensor.device)
         made = tensor.index_add(0, rows, offset.index_select(0, rows))
         return tensor.copy_(made) if in_place else made
 

@@ -18,25 +18,9 @@ from hasten.accelerators.caching.affine import Affine
 from hasten.accelerators.caching.forward import Finite, Recompute
 from hasten.accelerators.caching.plan import Action
 from hasten.accelerators.caching.segments import Span, forecast_terms, noise_fractions
-from hasten.accelerators.caching.state import Kept, Packed, as_is, moved, probe, unpacked
+from hasten.accelerators.caching.state import AS_IS, Packer, kept_in, mapped, moved, probe, unpacked
 from hasten.accelerators.caching.unet import Deep
 from hasten.accelerators.dispatch import Call, Handler
-
-
-def mapped(value: Any, made: Callable[[Any], Any]) -> Any:
-    """A nest of tuples and lists with its tensors, packed or not, replaced."""
-    if isinstance(value, Tensor | Packed):
-        return made(value)
-    if type(value) in (tuple, list):
-        return type(value)(mapped(entry, made) for entry in value)
-    return value
-
-
-def kept_in(value: Any) -> list[Kept]:
-    """The tensors of a nest of tuples and lists, packed or not."""
-    found: list[Kept] = []
-    mapped(value, found.append)
-    return found
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -105,7 +89,7 @@ class DeepState:
         finite: Finite,
         corrections: list[Affine | None] | None = None,
         force_store: bool = False,
-        pack: Callable[[Tensor], Kept] = as_is,
+        pack: Packer = AS_IS,
     ) -> None:
         self.pack = pack
         self.site, self.terms, self.finite = site, terms, finite
@@ -157,7 +141,7 @@ class DeepState:
     def reindex(self, rows: Tensor, batch: int | None = None) -> None:
         if batch is not None and self.shape[:1] != (batch,):
             return
-        self.values = {source: mapped(value, lambda kept: moved(kept, rows)) for source, value in self.values.items()}
+        self.values = moved(self.values, rows)
         self.shape = torch.Size((len(rows), *self.shape[1:]))
 
         def resized(template: tuple[torch.Size, torch.dtype, torch.device]) -> Any:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.affine import Affine
+from hasten.accelerators.caching.offsets import add_offsets
 from hasten.accelerators.caching.plan import Action
 from hasten.accelerators.caching.segments import Row, Span, Use
-from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read
+from hasten.accelerators.caching.state import AS_IS, Kept, Packer, moved, probe, read
 from hasten.accelerators.caching.trace import Block, Position, Stream, version_of
 from hasten.accelerators.dispatch import Call, Handler
 
@@ -60,9 +61,10 @@ class _Sum:
     something was added in between, the part so far is taken off before it.
     """
 
-    def __init__(self, spare: Spare) -> None:
-        self.spare = spare
+    def __init__(self, spare: Spare, pack: Packer) -> None:
+        self.spare, self.pack = spare, pack
         self.total: Tensor | None = None
+        self.packed: Kept | None = None
         self.part: tuple[Tensor, Tensor] | None = None
         self.versions: tuple[int | None, int | None] = (None, None)
 
@@ -92,12 +94,19 @@ class _Sum:
         # In inference mode nobody can tell whether a tensor was changed since: there every block's offset is taken at once.
         return self.close() if versions[1] is None else None
 
-    def close(self) -> str | None:
-        """Takes the offset of the open part; the reason if that is no longer possible."""
+    def close(self, last: bool = False) -> str | None:
+        """Takes the offset of the open part; the reason if that is no longer possible.
+
+        Args:
+            last: Whether no part follows, so that it may be packed at once.
+        """
         if self.part is not None:
             before, after = self.part
             if (version_of(before), version_of(after)) != self.versions:
                 return "the model changes the stream in place between two blocks"
+            if last and self.total is None and (packed := self.pack.difference(after, before)) is not None:
+                self.packed, self.part = packed, None
+                return None
             offset = self.spare.subtract(after, before)
             self.total = offset if self.total is None else self.total + offset
             self.part = None
@@ -120,11 +129,17 @@ class Given(NamedTuple):
 
 @dataclass
 class Collector:
-    """Collects a span's offsets during one forward."""
+    """Collects a span's offsets during one forward.
+
+    Attributes:
+        span: Which blocks.
+        pack: Takes and packs an offset in one pass, where it can; others are left to whoever stores them.
+    """
 
     span: Span
+    pack: Packer = AS_IS
     sums: dict[int, _Sum] = field(default_factory=dict)
-    taken: dict[int, Tensor] = field(default_factory=dict)
+    taken: dict[int, Kept] = field(default_factory=dict)
     broken: str | None = None
 
     def take(self, site: int, block: Block, given: Sequence[Given], out: Any, spare: Spare) -> None:
@@ -135,9 +150,10 @@ class Collector:
                 self.broken = f"{block.path} was not called as it was when the model was traced"
                 return
             if self.span.stop - self.span.start == 1:  # nothing to telescope: its offset is taken at once
-                self.taken[stream.index] = spare.subtract(after, entry.before)
+                packed = self.pack.difference(after, entry.before)
+                self.taken[stream.index] = packed if packed is not None else spare.subtract(after, entry.before)
                 continue
-            total = self.sums.setdefault(stream.index, _Sum(spare))
+            total = self.sums.setdefault(stream.index, _Sum(spare, self.pack))
             reason = total.extend(entry.before, entry.entered, entry.version, after)
             if reason is not None:
                 self.broken = f"no link: {reason}"
@@ -145,13 +161,16 @@ class Collector:
         if self.sums and site == self.span.stop - 1:
             self.broken = self.close()
 
-    def value(self) -> dict[int, Tensor]:
+    def value(self) -> dict[int, Kept]:
         """The offset of each stream, once closed."""
-        return self.taken or {stream: total.total for stream, total in self.sums.items() if total.total is not None}
+        if self.taken:
+            return self.taken
+        found = {stream: total.packed if total.packed is not None else total.total for stream, total in self.sums.items()}
+        return {stream: offset for stream, offset in found.items() if offset is not None}
 
     def close(self) -> str | None:
         """Takes the offsets of what is still open; the reason if they cannot be told."""
-        return next((reason for total in self.sums.values() if (reason := total.close()) is not None), None)
+        return next((reason for total in self.sums.values() if (reason := total.close(last=True)) is not None), None)
 
 
 class Pass(Protocol):
@@ -228,7 +247,7 @@ class BlockState:
         finite: Finite,
         bytes_planned: int,
         corrections: Sequence[list[Affine | None] | None] = (),
-        pack: Callable[[Tensor], Kept] = as_is,
+        pack: Packer = AS_IS,
     ) -> None:
         self.corrections, self.pack = corrections, pack
         self.blocks, self.modules, self.rows, self.finite, self.bytes_planned = blocks, modules, rows, finite, bytes_planned
@@ -257,9 +276,7 @@ class BlockState:
 
     def reindex(self, rows: Tensor, batch: int | None = None) -> None:
         self.spare.tensors.clear()  # of the old batch size
-        for value in self.values.values():
-            for stream, tensor in value.items():
-                value[stream] = moved(tensor, rows, batch)
+        self.values = moved(self.values, rows, batch)
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
         return {span: {i: read(t) for i, t in value.items()} for span, value in self.values.items() if span.source == step}
@@ -302,7 +319,7 @@ class Forward:
                 if len(use.terms) == 1 and newest not in branch.values and newest not in branch.refused:
                     stores.append(newest)
         # Only what is computed now can be collected, and only where nothing inside the span is reused.
-        self.collectors = [Collector(span) for span in stores if not any(s in self.uses for s in range(span.start, span.stop))]
+        self.collectors = [Collector(span, branch.pack) for span in stores if not any(s in self.uses for s in range(span.start, span.stop))]
 
     def _unusable(self, span: Span) -> str | None:
         """Why what is stored for a span cannot be used, or None."""
@@ -363,14 +380,13 @@ class Forward:
             offsets = [value.get(stream.index) for value in values]
             if any(o is not None and (o.shape != tensor.shape or o.dtype != tensor.dtype) for o in offsets):
                 raise Recompute(CHANGED)
-            terms = [(read(o).to(tensor.device), weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
+            terms = [(o, weight) for o, (_, weight) in zip(offsets, use.terms, strict=True) if o is not None]
             fixes = self.branch.corrections[use.stop - 1] if self.branch.corrections else None
             fix = fixes[self.step] if fixes is not None and stream.index == 0 else None
-            if fix is not None:
-                whole = add_offsets(torch.zeros_like(tensor), terms, in_place=False) if len(terms) > 1 else terms[0][0]
-                terms = [(fix.apply(whole, -1), 1.0)]
+            if not terms:
+                return tensor
             # A block that returns its own, changed input may be called for that effect alone.
-            return add_offsets(tensor, terms, in_place=stream.aliased and block.in_place)
+            return add_offsets(tensor, terms, fix, in_place=stream.aliased and block.in_place)
 
         out = pass_on(block, args, kwargs, added)
         self.done.add(use)
@@ -394,10 +410,8 @@ class Forward:
                 self.branch.refused[collector.span] = broken
                 continue
             value = collector.value()
-            if self.branch.pack is as_is:
-                self.branch.values[collector.span] = {**value}
-            else:
-                self.branch.values[collector.span] = {stream: self.branch.pack(tensor) for stream, tensor in value.items()}
+            self.branch.values[collector.span] = {stream: self.branch.pack(kept) for stream, kept in value.items()}
+            if self.branch.pack.kind is not None:
                 self.branch.spare.give(value)
             self.branch.untested.add(collector.span)
             self.branch.refused.pop(collector.span, None)
@@ -422,22 +436,6 @@ def pass_on(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], made: C
         return outputs[None]
     entries = [outputs.get(slot) for slot in range(block.width)]
     return tuple(entries) if block.form == "tuple" else entries
-
-
-def add_offsets(tensor: Tensor, terms: Sequence[tuple[Tensor, float]], *, in_place: bool) -> Tensor:
-    """`tensor` plus the weighted offsets; in fp32 where large terms would cancel in half precision."""
-    if len(terms) > 1 and tensor.dtype in (torch.float16, torch.bfloat16):
-        total = tensor.float()
-        for offset, weight in terms:
-            total = total.add(offset, alpha=weight)
-        return tensor.copy_(total) if in_place else total.to(tensor.dtype)
-    for i, (offset, weight) in enumerate(terms):
-        # The first addition makes a tensor of our own, to which the others are added in place.
-        if in_place or (i and not tensor.requires_grad):
-            tensor.add_(offset, alpha=weight)
-        else:
-            tensor = tensor.add(offset, alpha=weight)
-    return tensor
 
 
 def argument(position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -7,7 +7,7 @@ and one addition stands for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.affine import Affine
-from hasten.accelerators.caching.deep import kept_in, mapped, tensors_in
+from hasten.accelerators.caching.deep import tensors_in
 from hasten.accelerators.caching.forward import CHANGED, Finite, Recompute, pass_on
 from hasten.accelerators.caching.plan import Action, PlanError
 from hasten.accelerators.caching.segments import Span, breaks_of
-from hasten.accelerators.caching.state import Kept, as_is, moved, probe, read, unpacked
+from hasten.accelerators.caching.state import AS_IS, Packer, kept_in, mapped, moved, probe, unpacked
 from hasten.accelerators.caching.trace import Block, Stream, Trace, version_of
 from hasten.accelerators.dispatch import Call, Handler, compiled_whole
 
@@ -108,7 +108,7 @@ class PartState:
         rows: Sequence[PartRow],
         finite: Finite,
         corrections: Sequence[list[Affine | None] | None] | None = None,
-        pack: Callable[[Tensor], Kept] = as_is,
+        pack: Packer = AS_IS,
     ) -> None:
         self.pack = pack
         self.sites, self.rows, self.finite = tuple(sites), rows, finite
@@ -157,8 +157,7 @@ class PartState:
         self.merged.clear()
 
     def reindex(self, rows: Tensor, batch: int | None = None) -> None:
-        self.values = {i: mapped(value, lambda kept: moved(kept, rows, batch)) for i, value in self.values.items()}
-        self.merged = {parts: read(moved(value, rows, batch)) for parts, value in self.merged.items()}
+        self.values, self.merged = moved((self.values, self.merged), rows, batch)
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
         now = [i for i, source in self.sources.items() if source == step]

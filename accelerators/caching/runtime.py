@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -23,13 +23,14 @@ from hasten.accelerators.caching.contexts import named_contexts
 from hasten.accelerators.caching.deciders import DecidedState, Decider, Recorded
 from hasten.accelerators.caching.deep import DeepState, deep_program
 from hasten.accelerators.caching.forward import BlockState, BranchState, Pass, Recompute
+from hasten.accelerators.caching.graphs import DenoiserCall, Graphs, graphs_of
 from hasten.accelerators.caching.guidance import Guidance, rows_of, separable
 from hasten.accelerators.caching.parts import PartState, part_program
 from hasten.accelerators.caching.plan import ALL_BRANCHES, GUIDANCE, ROW, Action, Plan, PlanError
 from hasten.accelerators.caching.quantised import layer_handlers, quantised_copy
 from hasten.accelerators.caching.report import RunReport
 from hasten.accelerators.caching.segments import Row, Span, program, state_bytes
-from hasten.accelerators.caching.state import Kept, packer
+from hasten.accelerators.caching.state import Packer
 from hasten.accelerators.caching.trace import (
     Trace,
     TraceError,
@@ -113,6 +114,7 @@ class Session:
         state: "int8" or "fp8" to keep stored values in 8 bits; None as the plan says (a fact of that name), else as they are.
         prepare: Called before every denoiser call with the step.
         observe: Called after every denoiser call with the branch, the step and what was stored in it.
+        graphs: The denoiser's CUDA graphs, from earlier runs too; None to do without.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Session:
         state: str | None = None,
         prepare: Callable[[int], None] | None = None,
         observe: Observer | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         if nan_check not in ("auto", "sync", "off"):
             raise ValueError(f"nan_check must be 'auto', 'sync' or 'off', not {nan_check!r}")
@@ -151,10 +154,11 @@ class Session:
         self._force_store = force_store
         self._quantised_copies: MutableMapping[str, Quantised] = quantised if quantised is not None else {}
         self._allow_mismatch = allow_mismatch
-        packer(state)  # refuses what it does not know
+        Packer(state)  # refuses what it does not know
         self._state_kind = state
         self._prepare = prepare
         self._observe = observe
+        self._graphs = graphs
         self._stack: ExitStack | None = None
         self._reset()
 
@@ -175,6 +179,7 @@ class Session:
         self._executed: dict[str, list[np.ndarray | None]] = {}
         self._compactable: dict[type, str | None] = {}
         self._quantised: Quantised | None = None
+        self._bound: tuple[str | int | None, ...] = ()
         self._layers: dict[nn.Module, Handler] = {}
         self._step_seconds: list[float] = []
         self._bytes_peak = 0
@@ -190,6 +195,8 @@ class Session:
             raise RuntimeError("this session is already running; one session serves one run at a time")
         self._reset()
         self.report = RunReport()
+        if self._graphs is not None:
+            self._graphs.begin(lambda reason: self.report.warnings.append(reason))
         with ExitStack() as stack:
             stack.enter_context(intercept({self.denoiser: self._on_denoiser}))
             stack.enter_context(named_contexts(self.denoiser, self))
@@ -326,6 +333,9 @@ class Session:
                 self._quantised_copies[plan.hash] = quantised_copy(plan, self.denoiser)
             self._quantised = self._quantised_copies[plan.hash]
             self._layers = layer_handlers(self._quantised, self.denoiser)
+        # Layers are told by which copy they are: each reads the step from memory of its own.
+        layers = id(self._quantised) if self._quantised is not None else None
+        self._bound = plan.hash if plan.corrections else None, layers, self._state_kind or plan.facts.get("state")
 
     def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Tensor) -> Trace:
         key = tuple(latents.shape), latents.dtype
@@ -413,16 +423,10 @@ class Session:
         passing = branch.start(self._step, doubt)
         if passing is None:
             self._record(name, None, skipped)
-            if not self._layers:
-                return call(*args, **kwargs)
-            with intercept(self._layers):
-                return call(*args, **kwargs)
+            return self._carried(call, args, kwargs, branch, name, None, doubt)
         for attempt in range(2):
-            self._forward = passing
             try:
-                with intercept({self.denoiser: self._on_denoiser, **self._layers, **passing.handlers()}):
-                    out = call(*args, **kwargs)
-                passing.finish()
+                out = self._carried(call, args, kwargs, branch, name, passing, doubt)
                 break
             except Recompute as why:
                 assert attempt == 0
@@ -430,8 +434,6 @@ class Session:
                 again = branch.start(self._step, str(why))
                 assert again is not None
                 passing = again
-            finally:
-                self._forward = None
         self._record(name, passing, skipped)
         for reason in passing.reasons:
             self.report.reasons[reason] += 1
@@ -441,6 +443,39 @@ class Session:
         self._bytes_peak = max(self._bytes_peak, sum(b.bytes for b in self._branches.values()) + beside)
         self._check_budget(self._bytes_peak)
         return out
+
+    def _carried(
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        branch: BranchState,
+        name: str,
+        passing: Pass | None,
+        doubt: str | None,
+    ) -> Any:
+        """The call itself; from a graph where there is one."""
+
+        def run(passing: Pass | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if passing is None:
+                with intercept(self._layers) if self._layers else nullcontext():
+                    return call(*args, **kwargs)
+            self._forward = passing
+            try:
+                with intercept({self.denoiser: self._on_denoiser, **self._layers, **passing.handlers()}):
+                    out = call(*args, **kwargs)
+                passing.finish()
+                return out
+            finally:
+                self._forward = None
+
+        if self._graphs is None:
+            return run(passing, args, kwargs)
+        why = "every call is observed" if self._observe is not None or self._prepare is not None else None
+        bound, step = (*self._bound, self._names.order.index(name)), self._step
+        held = (self._quantised,) if self._quantised is not None else ()
+        graphed = DenoiserCall(name, branch, passing, step, args, kwargs, lambda: branch.start(step, doubt), run, bound, held)
+        return self._graphs.call(self.denoiser, graphed, why)
 
     def _check_budget(self, needed: int) -> None:
         if self._budget is not None and needed > self._budget:
@@ -494,9 +529,9 @@ class Session:
         return BlockState(blocks, modules, made, self._finite, size, [fixes[site] for site in plan.sites], pack), reasons
 
     @property
-    def _packer(self) -> Callable[[Tensor], Kept]:
+    def _packer(self) -> Packer:
         assert self._plan is not None
-        return packer(self._state_kind if self._state_kind is not None else self._plan.facts.get("state"))
+        return Packer(self._state_kind if self._state_kind is not None else self._plan.facts.get("state"))
 
     def _decided(self, decider: Decider | Recorded) -> DecidedState:
         assert self._plan is not None and self.trace is not None
@@ -594,6 +629,7 @@ def attach(
     force_store: bool = False,
     allow_mismatch: bool = False,
     state: str | None = None,
+    graphs: bool | int = False,
 ) -> Session:
     """A session for your own loop, or for a network that is no pipeline.
 
@@ -613,9 +649,10 @@ def attach(
         force_store: Collect everything at every step, for tests and timing.
         allow_mismatch: Whether a calibrated plan may run on other weights or adapters than those it was calibrated on.
         state: "int8" or "fp8" to keep stored values in 8 bits.
+        graphs: True to capture calls as CUDA graphs and replay them, or how many graphs are kept; see `Graphs`.
 
     Raises:
-        ValueError: `num_inference_steps` is not positive.
+        ValueError: `num_inference_steps` or `graphs` is not positive.
         TraceError: The denoiser is compiled as a whole.
         PlanError: The plan does not fit (raised at the first call).
     """
@@ -634,4 +671,5 @@ def attach(
         force_store=force_store,
         allow_mismatch=allow_mismatch,
         state=state,
+        graphs=graphs_of(graphs),
     )

@@ -6,12 +6,15 @@ times that. Eight bits halve it against bfloat16. Corrections that are calibrate
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hasten.accelerators.fusing import fuses
+from hasten.kernels import ops, reference
 
 KINDS = ("int8", "fp8")
 
@@ -33,14 +36,8 @@ class Packed:
     @classmethod
     def of(cls, tensor: Tensor, kind: str) -> Packed:
         """Packs a tensor [..., channels]. A row that is not finite has a scale that is not finite."""
-        most = tensor.abs().amax(-1, keepdim=True).float()
-        if kind == "int8":
-            scale = (most / 127).clamp_min(1e-12)
-            values = (tensor / scale).round().nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
-        else:
-            scale = (most / 448).clamp_min(1e-12)
-            values = (tensor / scale).nan_to_num(0.0).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return cls(values, scale, tensor.dtype)
+        quantise = ops.quantise_rows if fuses(tensor) else reference.quantise_rows
+        return cls(*quantise(tensor, kind), tensor.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -65,23 +62,45 @@ Kept = Tensor | Packed
 """A stored value."""
 
 
-def as_is(tensor: Tensor) -> Kept:
-    """Keeps a value as it is."""
-    return tensor
-
-
-def packer(kind: str | None) -> Callable[[Tensor], Kept]:
+@dataclass(frozen=True)
+class Packer:
     """What is done to a value that is stored.
 
+    Attributes:
+        kind: One of `KINDS`, or None to keep values as they are.
+
     Raises:
-        ValueError: `kind` is neither None nor one of `KINDS`.
+        ValueError: `kind` is neither.
     """
-    if kind is None:
-        return as_is
-    if kind not in KINDS:
-        raise ValueError(f"state must be one of {', '.join(KINDS)} or None, not {kind!r}")
-    # Scales and shifts, single numbers and whole ones are no activations.
-    return lambda tensor: Packed.of(tensor, kind) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"state must be one of {', '.join(KINDS)} or None, not {self.kind!r}")
+
+    def __call__(self, value: Kept) -> Kept:
+        """The value as it is stored; what is packed already stays as it is."""
+        if self.kind is None or isinstance(value, Packed) or not self._packs(value):
+            return value
+        return Packed.of(value, self.kind)
+
+    def difference(self, after: Tensor, before: Tensor) -> Packed | None:
+        """`after - before`, subtracted and packed in one pass; None where no fused kernel does that."""
+        if self.kind is None or not self._packs(after) or after.dtype != before.dtype or not fuses(after, before):
+            return None
+        values, scale = ops.delta_store(after, before, self.kind)
+        assert scale is not None
+        return Packed(values, scale, after.dtype)
+
+    @staticmethod
+    def _packs(value: Tensor) -> bool:
+        # Scales and shifts, single numbers and whole ones are no activations.
+        return value.is_floating_point() and value.ndim > 1
+
+
+AS_IS = Packer()
+"""Keeps values as they are."""
 
 
 def read(kept: Kept) -> Tensor:
@@ -89,11 +108,41 @@ def read(kept: Kept) -> Tensor:
     return kept.read() if isinstance(kept, Packed) else kept
 
 
-def moved(kept: Kept, rows: Tensor, batch: int | None = None) -> Kept:
-    """Some rows of it; where `batch` is given and it has another number of rows, all of it."""
-    if batch is not None and len(kept.scale if isinstance(kept, Packed) else kept) != batch:
-        return kept
-    return kept.index_select(0, rows.to(kept.scale.device if isinstance(kept, Packed) else kept.device))
+def mapped(value: Any, made: Callable[[Any], Any]) -> Any:
+    """A nest of dicts, tuples and lists with its tensors, packed or not, replaced."""
+    if isinstance(value, Tensor | Packed):
+        return made(value)
+    if type(value) is dict:
+        return {key: mapped(entry, made) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(mapped(entry, made) for entry in value)
+    return value
+
+
+def kept_in(value: Any) -> list[Kept]:
+    """The tensors of a nest, packed or not."""
+    found: list[Kept] = []
+    mapped(value, found.append)
+    return found
+
+
+def moved(nest: Any, rows: Tensor, batch: int | None = None) -> Any:
+    """A nest with some rows of everything in it; where `batch` is given, all rows of what has another number of them."""
+    leaves = kept_in(nest)
+    at = [i for i, leaf in enumerate(leaves) if batch is None or len(leaf.scale if isinstance(leaf, Packed) else leaf) == batch]
+    for i, leaf in zip(at, _rows_of([leaves[i] for i in at], rows), strict=True):
+        leaves[i] = leaf
+    following = iter(leaves)
+    return mapped(nest, lambda _: next(following))
+
+
+def _rows_of(leaves: Sequence[Kept], rows: Tensor) -> list[Kept]:
+    """Some rows of each, in one launch where a fused kernel does that."""
+    tensors = [t for leaf in leaves for t in ((leaf.values, leaf.scale) if isinstance(leaf, Packed) else (leaf,))]
+    if not tensors or not fuses(*tensors):
+        return [leaf.index_select(0, rows.to(leaf.scale.device if isinstance(leaf, Packed) else leaf.device)) for leaf in leaves]
+    made = iter(ops.reindex(tensors, rows.to(tensors[0].device)))
+    return [Packed(next(made), next(made), leaf.dtype) if isinstance(leaf, Packed) else next(made) for leaf in leaves]
 
 
 def probe(kept: Kept) -> Tensor:
@@ -102,9 +151,5 @@ def probe(kept: Kept) -> Tensor:
 
 
 def unpacked(value: Any) -> Any:
-    """A nest of tuples and lists with everything read."""
-    if isinstance(value, Packed):
-        return value.read()
-    if type(value) in (tuple, list):
-        return type(value)(unpacked(entry) for entry in value)
-    return value
+    """A nest with everything read."""
+    return mapped(value, read)

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from hasten.accelerators.checks import check_whole
 from hasten.accelerators.decoding.noise import Key, gumbel, uniform
+from hasten.accelerators.fusing import fuses
+from hasten.kernels import ops
+from hasten.kernels.arguments import Noise
 
 Score = Literal["low_confidence", "margin", "entropy", "random"]
 """How positions are ranked: by p of the chosen token, p1 - p2, the negative entropy, or by lot."""
@@ -177,6 +180,8 @@ def measure(
         raise ValueError(f"logits must be [rows, positions, vocabulary] for current, not {tuple(logits.shape)} for {tuple(current.shape)}")
     if (sampling.temperature > 0 or lots) and key is None:
         raise ValueError(f"temperature={sampling.temperature} and lots={lots} need a key, which says whose noise it is")
+    if probes is None and not top and logits.dtype in ops.STREAMS and fuses(logits, current):
+        return _fused(logits, current, sampling, key, lots, shadow)
     z = _cleaned(logits, sampling)
     largest, best = z.max(-1)
     log_sum = (z - largest[..., None]).exp().sum(-1).log()
@@ -223,19 +228,50 @@ def measure(
     )
 
 
-def _cleaned(logits: Tensor, sampling: Sampling) -> Tensor:
-    """float32 logits, tempered where wanted, without NaN, and -inf only where a token is suppressed."""
-    suppressed = {sampling.mask_id, *sampling.suppressed}
-    vocabulary = logits.shape[-1]
+def _fused(logits: Tensor, current: Tensor, sampling: Sampling, key: Key | None, lots: bool, shadow: Tensor | None) -> Statistics:
+    """The same from one launch, where no more of the vocabulary is asked for."""
+    suppressed, noisy = _suppressed(logits, sampling), sampling.temperature > 0 and key is not None
+    divisor = sampling.temperature if sampling.tempered else 1.0
+    noise = None
+    if noisy and key is not None:
+        noise = Noise(1.0 if sampling.tempered else sampling.temperature, key.seeds, key.positions, key.steps)
+    seen = ops.token_stats(logits, current, suppressed, divisor=divisor, noise=noise)
+    return Statistics(
+        current=current,
+        masked=current == sampling.mask_id,
+        tokens=seen.tokens,
+        log_p=seen.log_p,
+        best=seen.best,
+        log_p1=seen.log_p1,
+        p2=seen.p2,
+        entropy=seen.entropy,
+        logsumexp=seen.logsumexp,
+        p_current=seen.p_current,
+        uniform=uniform(key) if lots and key is not None else None,
+        shadow=None if shadow is None else ops.token_stats(shadow, current, suppressed, divisor=divisor).p_current,
+        token_noise=seen.token_noise if noisy else None,
+        best_noise=seen.best_noise if noisy else None,
+    )
+
+
+def _suppressed(logits: Tensor, sampling: Sampling) -> list[int]:
+    """Ids that are never chosen, ascending."""
+    suppressed, vocabulary = {sampling.mask_id, *sampling.suppressed}, logits.shape[-1]
     if len({token for token in suppressed if token < vocabulary}) == vocabulary:
         raise ValueError(f"every token of a vocabulary of {vocabulary} is suppressed")
+    return sorted(suppressed)
+
+
+def _cleaned(logits: Tensor, sampling: Sampling) -> Tensor:
+    """float32 logits, tempered where wanted, without NaN, and -inf only where a token is suppressed."""
+    suppressed = _suppressed(logits, sampling)
     z = logits.float()
     if sampling.tempered:
         z = z / sampling.temperature
     z = z.nan_to_num(nan=_LOWEST)  # and infinities become the largest finite numbers
     for token in suppressed:
         # One fill for each id: an index tensor would be copied to the device at every step.
-        if token < vocabulary:
+        if token < logits.shape[-1]:
             z[..., token].fill_(-torch.inf)
     return z
 

@@ -1,7 +1,7 @@
 """int8 and packed int4 layers with one activation scale per sampler step: the quantisation half of CacheQuant (arXiv 2503.01323).
 
 Weights are uniform per output channel with a searched range; activations per tensor and step, calibrated beforehand, so that nothing
-is measured while the sampler runs. Products are int8 x int8 -> int32 (`torch._int_mm`); dequantisation, the optional correction of the
+is measured while the sampler runs. Products are int8 x int8 -> int32 and exact; dequantisation, the optional correction of the
 output and the bias are one scale and one shift per output channel. For inference only: rounding has no gradient.
 """
 
@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.correction import AffineCorrection, AffineStatistics
+from hasten.accelerators.fusing import fuses
 from hasten.accelerators.quantization.ranges import NORM, ActivationRanges, Step, layers, scale_and_zero
+from hasten.kernels import ops
+from hasten.kernels.arguments import Fix, Grid, Weight
+from hasten.kernels.products import cpu_is_exact, scaled_product
 
 Bits = Literal[8, 4]
 SHRINK = tuple(1 - 0.01 * i for i in range(0, 80, 2))
@@ -129,46 +132,6 @@ def _search(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
     return torch.round(weight / scale[:, None] + zero[:, None]).clamp_(least, most), scale, zero
 
 
-# ---------------------------------------------------------------------------------------------------------- products
-
-
-def int_product(x: Tensor, weight: Tensor) -> Tensor:
-    """int32 [rows, out]: x int8 [rows, in] times weight int8 [out, in], transposed. Exact where `cpu_is_exact`, and on CUDA.
-
-    CUDA takes more than 16 rows and multiples of 8 columns only; there the operands are padded with zeros, which add nothing. So they
-    are on CPUs where a size is 1: torch up to 2.15 reads a stride that has no meaning there, and answers with whatever lay in memory
-    (pytorch issue 195066).
-    """
-    if x.is_cuda or 1 in (*x.shape, len(weight)):
-        return aligned_product(x, weight)
-    return torch._int_mm(x.contiguous(), weight.t())
-
-
-@cache
-def cpu_is_exact() -> bool:
-    """Whether int8 products are right on this CPU. Without VNNI or the like, oneDNN adds pairs in 16 bits, which overflow silently
-    (pytorch issue 136746); the values most prone to that are tried once."""
-    for rows, columns, out in ((17, 16, 16), (64, 64, 64), (128, 768, 192)):
-        for value in (127, -128):
-            x = torch.full((rows, columns), value, dtype=torch.int8)
-            product = int_product(x, torch.full((out, columns), 127, dtype=torch.int8))
-            if not bool((product == value * 127 * columns).all()):
-                return False
-    return True
-
-
-def aligned_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`int_product` with operands padded to at least 32 rows and to multiples of 8 in both other sizes."""
-    rows, columns, out = len(x), x.shape[1], len(weight)
-    more_rows, more_columns, more_out = max(0, 32 - rows), -columns % 8, -out % 8
-    if more_rows or more_columns:
-        x = F.pad(x, (0, more_columns, 0, more_rows))
-    if more_out or more_columns:
-        weight = F.pad(weight, (0, more_columns, 0, more_out))
-    product = torch._int_mm(x.contiguous(), weight.contiguous().t())
-    return product[:rows, :out] if more_rows or more_out else product
-
-
 # ---------------------------------------------------------------------------------------------------------- layers
 
 
@@ -269,7 +232,7 @@ class _QuantLayer(nn.Module):
         """float32 [rows, out] from int8 [rows, in]: the integer product, dequantised, corrected, with bias."""
         scale = scale * self.scale
         scale, shift = self._corrected(scale, -scale * zero * self.sums)
-        return int_product(rows, self.integers()).to(torch.float32).mul_(scale).add_(shift)
+        return scaled_product(rows, self.integers(), scale).add_(shift)
 
     def _float_affine(self, y: Tensor) -> Tensor:
         """Correction and bias for a float32 product [..., out]."""
@@ -340,11 +303,21 @@ class QuantLinear(_QuantLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         if self._integer(input):
+            if self.activation is not None and input.dtype in ops.STREAMS and fuses(input):
+                return self._fused(input, self.activation)
             q, scale, zero = self._quantise(input)
             y = self._product(q.reshape(-1, self.columns), scale, zero).view(*input.shape[:-1], self.out)
         else:
             y = self._float_affine(F.linear(self._rounded(input), self.matrix()))
         return y.to(input.dtype)
+
+    def _fused(self, input: Tensor, activation: Tensor) -> Tensor:
+        """The same in three launches: quantised, multiplied, and all that follows."""
+        scale, zero = activation.index_select(0, self.step.on(input.device)).unbind(1)
+        smooth = None if self.smooth is None else self.smooth.repeat(self.columns // len(self.smooth))
+        fix = None if self.correction is None else Fix(*self.correction.index_select(0, self.step.on(input.device))[0].unbind())
+        bias = None if self.bias is None else self.bias.float()
+        return ops.int8_linear(input, Weight(self.integers(), self.scale, bias), Grid(scale, zero, self.sums, smooth), fix)
 
 
 class QuantConv2d(_QuantLayer):

@@ -10,7 +10,7 @@ import torch
 
 import hasten
 from hasten.accelerators.caching.runtime import attach
-from hasten.accelerators.caching.state import KINDS, Packed, packer
+from hasten.accelerators.caching.state import KINDS, Packed, Packer
 from hasten.accelerators.caching.trace import trace_module
 from tests.accelerators.caching.test_deep import inputs, unet
 from tests.accelerators.caching.toys import chain, randn
@@ -92,7 +92,7 @@ def test_a_value_that_is_not_finite_is_computed_again() -> None:
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="state must be one of int8, fp8 or None, not 'int3'"):
-        packer("int3")
+        Packer("int3")
     pipe, _ = PIPELINES["pixart"]()
     with pytest.raises(ValueError, match="state must be one of"):
         hasten.accelerate(pipe, state="int3")

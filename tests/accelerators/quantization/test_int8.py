@@ -18,9 +18,7 @@ from hasten.accelerators.quantization.int8 import (
     QuantConv2d,
     Quantised,
     QuantLinear,
-    aligned_product,
     first_and_last,
-    int_product,
     output_errors,
     quantise_weight,
     quantised,
@@ -99,27 +97,6 @@ def test_bad_weights_are_named() -> None:
         quantise_weight(torch.ones(2))
     with pytest.raises(ValueError, match="weight must be finite"):
         quantise_weight(torch.tensor([[float("nan")]]))
-
-
-# ---------------------------------------------------------------------------------------------------------- products
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 30), st.integers(1, 20))
-def test_products_are_exact_for_every_size(seed: int, rows: int, columns: int, out: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(-128, 128, (rows, columns), generator=g, dtype=torch.int8)
-    w = torch.randint(-127, 128, (out, columns), generator=g, dtype=torch.int8)
-    expected = x.long() @ w.long().t()
-    assert torch.equal(int_product(x, w).long(), expected)
-    assert torch.equal(aligned_product(x, w).long(), expected)
-
-
-def test_a_single_row_of_any_stride_is_exact() -> None:
-    """torch._int_mm itself leaves its output unwritten here."""
-    x, w = torch.arange(32, dtype=torch.int8).view(1, 32), torch.ones(4, 32, dtype=torch.int8)
-    assert int_product(x.as_strided((1, 32), (0, 1)), w).tolist() == [[496] * 4]
-    assert int_product(x.view(32, 1), w[:, :1]).tolist() == [[n] * 4 for n in range(32)]
-    assert int_product(x.view(2, 16).t(), w[:, :2])[:3].tolist() == [[16] * 4, [18] * 4, [20] * 4]
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
