@@ -155,7 +155,7 @@ class Way:
         """The most that its plan allows; 1 for the plain pipeline, None where nobody says."""
         if self.peer is not None:
             return None
-        return float(self.pipe.report.bound) if isinstance(self.pipe, AcceleratedPipeline) else 1.0
+        return self.pipe.report.bound if isinstance(self.pipe, AcceleratedPipeline) else 1.0
 
     def timed(self, subject: Subject, device: torch.device, seed: int) -> float:
         """Seconds of a run."""

@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.machine import Machine, build
 
-QUICK = ("test_apply", "test_reindex", "test_machinery", "test_doctor")
+QUICK = ("test_apply", "test_reindex", "test_machinery", "test_products", "test_doctor")
 """Files of the fast suite: the machinery, and ops that use all of it. The others need minutes on a busy machine."""
 
 

@@ -17,6 +17,12 @@ from hasten.kernels.products import int_product, padded_product, scaled_product
 seeds = st.integers(0, 2**31)
 
 
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed for products of every size."""
+    monkeypatch.setattr(products, "_pays", lambda rows, out, columns: rows > 0)
+
+
 def drawn(seed: int, rows: int, columns: int, out: int) -> tuple[Tensor, Tensor, Tensor]:
     """Full-range integers, and factors."""
     g = torch.Generator().manual_seed(seed)
@@ -31,8 +37,20 @@ def test_products_are_exact_for_every_size(seed: int, rows: int, columns: int, o
     exact = x.long() @ weight.long().t()
     assert torch.equal(int_product(x, weight).long(), exact)
     assert torch.equal(padded_product(x, weight).long(), exact)
-    for _ in range(3):  # at first sight, packed, and from what is kept
-        assert torch.equal(scaled_product(x, weight, factor), exact.float() * factor)
+    with pytest.MonkeyPatch.context() as patch:
+        for pays in (False, True):
+            patch.setattr(products, "_pays", lambda *sizes, pays=pays: pays)
+            for _ in range(3):  # at first sight, packed, and from what is kept
+                assert torch.equal(scaled_product(x, weight, factor), exact.float() * factor)
+
+
+def test_small_products_are_not_packed() -> None:
+    """oneDNN takes a hundred times as long where rows or columns are few."""
+    for rows, columns, out, wanted in ((512, 1152, 1152, True), (512, 16, 4608, False), (1, 4608, 4608, False), (64, 64, 64, False)):
+        x, weight, factor = drawn(0, rows, columns, out)
+        for _ in range(2):
+            scaled_product(x, weight, factor)
+        assert (products._seen.get(weight, (0, None))[1] is not None) == (wanted and products.packs())
 
 
 def test_a_single_row_of_any_stride_is_exact() -> None:
@@ -53,7 +71,7 @@ def test_processors_that_overflow_multiply_as_floats(monkeypatch: pytest.MonkeyP
     assert torch.equal(scaled_product(x, weight, factor), exact.float() * factor)
 
 
-def test_a_weight_that_changes_is_packed_anew() -> None:
+def test_a_weight_that_changes_is_packed_anew(packed: None) -> None:
     x, weight, factor = drawn(1, 8, 32, 16)
     for _ in range(3):
         scaled_product(x, weight, factor)
@@ -62,7 +80,7 @@ def test_a_weight_that_changes_is_packed_anew() -> None:
         assert torch.equal(scaled_product(x, weight, factor), (x.long() @ weight.long().t()).float() * factor)
 
 
-def test_what_is_kept_of_a_weight_goes_with_it() -> None:
+def test_what_is_kept_of_a_weight_goes_with_it(packed: None) -> None:
     x, weight, factor = drawn(2, 8, 32, 16)
     gc.collect()
     before = len(products._seen)
@@ -74,7 +92,7 @@ def test_what_is_kept_of_a_weight_goes_with_it() -> None:
     assert len(products._seen) == before
 
 
-def test_inference_tensors_may_change_unseen_so_they_are_not_kept() -> None:
+def test_inference_tensors_may_change_unseen_so_they_are_not_kept(packed: None) -> None:
     with torch.inference_mode():
         x, weight, factor = drawn(3, 8, 32, 16)
         for _ in range(2):
@@ -84,7 +102,7 @@ def test_inference_tensors_may_change_unseen_so_they_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 4])
-def test_compilers_see_one_op(rows: int) -> None:
+def test_compilers_see_one_op(rows: int, packed: None) -> None:
     x, weight, factor = drawn(4, 4, 32, 16)
     x = x[:rows]
     made = torch.compile(scaled_product, fullgraph=True, backend="eager")

@@ -46,7 +46,7 @@ def test_the_plain_pipeline_is_timed_as_it_is() -> None:
 
 
 def test_what_cannot_be_is_said_before_anything_runs() -> None:
-    pipe, call = PIPELINES["pixart"]()
+    pipe, _ = PIPELINES["pixart"]()
     with pytest.raises(ValueError, match=r"attention must be one of .*xformers.*, not 'fast'"):
         hasten.accelerate(pipe, hasten.DeltaDiT(), attention="fast")
     with pytest.raises(ValueError, match="attention='sage' cannot be used"):
