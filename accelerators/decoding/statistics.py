@@ -230,28 +230,15 @@ def measure(
 
 def _fused(logits: Tensor, current: Tensor, sampling: Sampling, key: Key | None, lots: bool, shadow: Tensor | None) -> Statistics:
     """The same from one launch, where no more of the vocabulary is asked for."""
-    suppressed, noisy = _suppressed(logits, sampling), sampling.temperature > 0 and key is not None
-    divisor = sampling.temperature if sampling.tempered else 1.0
-    noise = None
-    if noisy and key is not None:
-        noise = Noise(1.0 if sampling.tempered else sampling.temperature, key.seeds, key.positions, key.steps)
-    seen = ops.token_stats(logits, current, suppressed, divisor=divisor, noise=noise)
-    return Statistics(
-        current=current,
-        masked=current == sampling.mask_id,
-        tokens=seen.tokens,
-        log_p=seen.log_p,
-        best=seen.best,
-        log_p1=seen.log_p1,
-        p2=seen.p2,
-        entropy=seen.entropy,
-        logsumexp=seen.logsumexp,
-        p_current=seen.p_current,
-        uniform=uniform(key) if lots and key is not None else None,
-        shadow=None if shadow is None else ops.token_stats(shadow, current, suppressed, divisor=divisor).p_current,
-        token_noise=seen.token_noise if noisy else None,
-        best_noise=seen.best_noise if noisy else None,
-    )
+    suppressed = _suppressed(logits, sampling)
+    divisor, scale = (sampling.temperature, 1.0) if sampling.tempered else (1.0, sampling.temperature)
+    noise = None if sampling.temperature == 0 or key is None else Noise(scale, *key)
+    seen = ops.token_stats(logits, current, suppressed, divisor=divisor, noise=noise)._asdict()
+    if noise is None:
+        seen |= {"token_noise": None, "best_noise": None}
+    lot = uniform(key) if lots and key is not None else None
+    hidden = None if shadow is None else ops.token_stats(shadow, current, suppressed, divisor=divisor).p_current
+    return Statistics(current=current, masked=current == sampling.mask_id, uniform=lot, shadow=hidden, **seen)
 
 
 def _suppressed(logits: Tensor, sampling: Sampling) -> list[int]:
