@@ -79,8 +79,8 @@ def page(results: Results) -> str:
         "particles: the rate over everything that was returned. Best-of-N for every N is averaged over all choices from "
         f'{s["pool"]} independent samples, and N in "samples of time" is the method\'s whole time over that of one sample, decoding and '
         "verifying included. Apart: how far the particles of a caption are from each other, against independent ones; copies have only the "
-        "noise of the steps that are left to part. FK scores at 50 to 98% of the way; its estimates are judged by a tolerance that lets "
-        "blur pass, except where the table says exactly, and finished samples exactly."
+        "noise of the steps that are left to part. FK scores and resamples at 86, 92 and 98% of the way unless the table says otherwise; "
+        "its estimates are judged by a tolerance that lets blur pass, except where the table says exactly, and finished samples exactly."
     )
     return bars_last(
         results,

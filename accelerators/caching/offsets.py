@@ -53,6 +53,8 @@ def _added(tensor: Tensor, terms: Sequence[tuple[Tensor, float]], *, in_place: b
 
 def _fused(tensor: Tensor, terms: Sequence[tuple[Kept, float]], fix: Affine | None) -> Tensor | None:
     """The same by the kernel; None where it does not take these, or where PyTorch needs one pass, too."""
+    if tensor.dtype not in ops.STREAMS or tensor.ndim < 2 or not fuses(tensor):
+        return None
     kept = [value for value, _ in terms]
     whole = [value for value in kept if isinstance(value, Tensor)]
     packed = [value for value in kept if isinstance(value, Packed)]
@@ -60,7 +62,7 @@ def _fused(tensor: Tensor, terms: Sequence[tuple[Kept, float]], fix: Affine | No
         return None
     values = whole or [value.values for value in packed]
     alike = (not whole or not packed) and len({value.dtype for value in values}) == 1
-    if not alike or len(kept) > ORDERS or tensor.dtype not in ops.STREAMS or tensor.ndim < 2 or not fuses(tensor, *values):
+    if not alike or len(kept) > ORDERS or not fuses(tensor, *values):
         return None
     table = None if fix is None else fix.table(tensor.device, tensor.shape[-1])
     return ops.forecast_apply(tensor, values, [weight for _, weight in terms], [value.scale for value in packed], table)
