@@ -159,7 +159,9 @@ def test_bars_of_cachequant() -> None:
     assert not cachequant.bars_of([*rows, whole, coarse])[2].holds and cachequant.bars_of([*rows, better])[2].holds
 
 
-def test_the_policys_bench_runs_small() -> None:
+def test_the_policys_bench_runs_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in {"STEPS": 24, "BATCH": 8, "SCENES": 4, "COMPUTED": (8, 5)}.items():
+        monkeypatch.setattr(policy, name, small)
     results = policy.execute(4, 1, (5,), lambda text, total: lambda: None)
     names = [entry["variant"] for entry in results.rows]
     assert names[0] == "full compute" and "BAC, S=5" in names and any(name.startswith("uniform") for name in names)
