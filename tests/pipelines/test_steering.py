@@ -390,7 +390,7 @@ def test_the_ddim_kernel_without_noise_is_the_schedulers_step(family: str, name:
 
 
 @pytest.mark.parametrize("unit", ["particle_steps", "denoiser_rows", "decodes", "verifier_rows"])
-@pytest.mark.parametrize("limit", [15, 31])
+@pytest.mark.parametrize("limit", [15, 20, 31, 60])
 @pytest.mark.parametrize("method", [FKSteering(particles=4), BestOfN(4), SuccessiveHalving()], ids=lambda m: type(m).__name__)
 def test_a_budget_is_never_exceeded(unit: str, limit: int, method: Any) -> None:
     pipe, call = made("pixart")
