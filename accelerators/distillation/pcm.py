@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hasten.accelerators.checks import check_whole
 from hasten.accelerators.distillation.method import Task
-from hasten.accelerators.distillation.segmented import segmented_jumps
-from hasten.accelerators.distillation.teacher import check_ema, check_guidance, check_huber, distance, drawn_index, drawn_scale
+from hasten.accelerators.distillation.segmented import segmented_loss
+from hasten.accelerators.distillation.teacher import check_ema, check_guidance, check_huber, drawn_index, drawn_scale
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,5 @@ class PhasedConsistency:
         grid, rows = task.grid, len(task.x0)
         index = drawn_index(1, grid.steps, rows, task.generator)
         scale = drawn_scale(self.guidance, rows, task.generator)
-        latents, landing = grid.noised(task.x0, task.noise, index), grid.segment_start(index, segments)
-        jumps = segmented_jumps(
-            task.student, task.teacher, latents, index, landing, task.conditions, grid, scale, task.target, self.stride
-        )  # fmt: skip
-        return distance(*jumps, self.huber).mean()
+        landing = grid.segment_start(index, segments)
+        return segmented_loss(task, index, landing, scale, self.stride, self.huber)

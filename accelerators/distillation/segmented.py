@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hasten.accelerators.distillation.grid import Conditions, Denoiser, Grid
-from hasten.accelerators.distillation.teacher import guided
+from hasten.accelerators.distillation.method import Task
+from hasten.accelerators.distillation.teacher import distance, guided
 
 
 def segmented_jumps(
@@ -50,3 +51,12 @@ def segmented_jumps(
         onward = grid.jump(grid.estimate(output, stepped, there), landing)
         arrived = (below == landing).view(-1, *[1] * (stepped.ndim - 1))
         return prediction, torch.where(arrived, stepped, onward)
+
+
+def segmented_loss(task: Task, index: Tensor, landing: Tensor, scale: Tensor, stride: int, huber: float | None) -> Tensor:
+    """The mean distance of the two jumps, from the task's samples noised to nodes `index`; see `segmented_jumps`."""
+    latents = task.grid.noised(task.x0, task.noise, index)
+    jumps = segmented_jumps(
+        task.student, task.teacher, latents, index, landing, task.conditions, task.grid, scale, task.target, stride
+    )  # fmt: skip
+    return distance(*jumps, huber).mean()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hasten.accelerators.checks import check_whole
 from hasten.accelerators.distillation.method import Task
-from hasten.accelerators.distillation.segmented import segmented_jumps
-from hasten.accelerators.distillation.teacher import check_ema, check_guidance, check_huber, distance, drawn_index, drawn_scale
+from hasten.accelerators.distillation.segmented import segmented_loss
+from hasten.accelerators.distillation.teacher import check_ema, check_guidance, check_huber, drawn_index, drawn_scale
 
 Landing = Literal["start", "any"]
 """Where a jump ends: at the clean end of its segment, or at a node drawn from there to just below the one it starts at."""
@@ -79,8 +79,4 @@ class TrajectoryConsistency:
             share = torch.rand(rows, generator=task.generator, device=index.device)
             landing = landing + (share * (index - landing)).long()
         scale = drawn_scale(self.guidance, rows, task.generator)
-        latents = grid.noised(task.x0, task.noise, index)
-        jumps = segmented_jumps(
-            task.student, task.teacher, latents, index, landing, task.conditions, grid, scale, task.target, self.stride
-        )  # fmt: skip
-        return distance(*jumps, self.huber).mean()
+        return segmented_loss(task, index, landing, scale, self.stride, self.huber)
