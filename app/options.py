@@ -61,6 +61,9 @@ PresetOption = Annotated[
 ]
 PlanOption = Annotated[Path | None, _caching("--plan", metavar="FILE", help="A saved plan, in place of a method.")]
 StepsOption = Annotated[int | None, _drawing("--steps", "-n", metavar="N", help="Denoising steps. Default: the model's, or the plan's.")]
+StepLoRAOption = Annotated[
+    str | None, _drawing("--step-lora", metavar="NAME|DIR", help="Draw in 1, 2, 4 or 8 steps with adapters that `hasten distill` made.")
+]
 GuidanceOption = Annotated[float | None, _drawing("--guidance", "-g", metavar="G", help="Guidance scale. Default: the model's.")]
 SeedOption = Annotated[int, _drawing("--seed", "-s", metavar="S", help="Picture i starts from the noise of seed S + i, in any batch.")]
 SizeOption = Annotated[str | None, _drawing("--size", metavar="WxH", help="Pixels, such as 1024x768. Default: the model's.")]

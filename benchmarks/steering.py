@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,22 @@ from hasten.pipelines.steering import SteeredPipeline, steer
 from hasten.pipelines.zoo.loading import call_defaults, load, path_of
 from hasten.pipelines.zoo.shapes import sample_scenes
 from hasten.pipelines.zoo.shapes.reward import ShapesReward
+from hasten.pipelines.zoo.shapes.verifier import BLURRED, EXACT, Tolerance
 
 NAME = "steering"
 STEPS, PARTICLES, OBJECTS = 50, 4, 3
 SCORINGS: dict[str, Any] = {"start": 0.86, "end": 0.98, "every": 0.06, "ess": None}
 """Chosen on captions of another seed. Earlier estimates of this model change too much for four particles: whoever is dropped for one is
 missed at the end. And with four, half of the effective size lets three drag a wrong one along, so all scorings resample."""
+HALFWAY = Tolerance(**{each.name: (getattr(EXACT, each.name) + getattr(BLURRED, each.name)) / 2 for each in fields(Tolerance)})
+"""What judges the estimates of these late scorings, softer than finished pictures and sharper than those in the middle of sampling."""
 SEED, NOISE_SEED = 20_261_121, 20_261_122
 LIFT, NEARLY_ALL, POPULATION = 15.0, 0.99, 8.0
 """The bars: by how many points steering lifts the fully correct rate, or to what; and the rate of all particles."""
 CACHED_TIME, CACHED_POINTS = 0.6, 2.0
-CALIBRATION, PLANNED = 8, 2.0
+CALIBRATION, PLANNED = 8, 1.75
 """Captions that the plan is measured on, and the speed-up asked for."""
+OVER_PLAN = f"FK over a {PLANNED:g}x plan"
 FORWARDS, FLOW_STEPS, COMPLETED = 200, 20, 4
 MEAN_OFF, VARIANCE_OFF, KERNEL_OFF = 0.03, 0.06, 0.06
 FULL: dict[str, Any] = {"captions": 128, "pool": 6, "searched": 24, "chains": 24, "particles": 50_000}
@@ -281,18 +285,19 @@ def execute(captions: int, pool: int, searched: int, chains: int, particles: int
     results.settings["mixture"] = oracle_rows(particles, note)
     bench = Bench()
     texts = bench.captions(captions)
-    exact = ShapesReward()
+    exact, halfway = ShapesReward(), ShapesReward(HALFWAY, exact=0.0)
     fk, several = FKSteering(PARTICLES, select="all", **SCORINGS), BestOfN(PARTICLES, select="all")
     early = FKSteering(PARTICLES, select="all")
     targets = {
         INDEPENDENT: steer(bench.pipe, exact, BestOfN(pool, select="all")),
-        "FK": steer(bench.pipe, exact, fk),
+        "FK": steer(bench.pipe, exact, fk, estimates=halfway),
         "FK, estimates judged exactly": steer(bench.pipe, exact, fk, estimates=exact),
-        "FK at 20 to 80% as published": steer(bench.pipe, exact, early),
+        "FK, estimates judged loosely": steer(bench.pipe, exact, fk),
+        "FK at 20 to 80% as published, loosely": steer(bench.pipe, exact, early),
         "successive halving, 8": steer(bench.pipe, exact, SuccessiveHalving()),
         # Denoising with noise of its own is another sampler: what it does without any steering.
         f"best of {PARTICLES}, eta 1": steer(bench.pipe, exact, several, kernel="ddim"),
-        "FK over a 2x plan": steer(accelerate(bench.pipe, bench.planned(note)), exact, fk),
+        OVER_PLAN: steer(accelerate(bench.pipe, bench.planned(note)), exact, fk, estimates=halfway),
     }
     chunks = [texts[at : at + CHUNK] for at in range(0, captions, CHUNK)]
     tick = note("captions, all methods in turns", len(chunks) * len(targets))
@@ -343,7 +348,7 @@ def bars_of(results: Results) -> list[Bar]:
     unbiased = [row for row in oracles if row["kind"] == "kernel" and not row["what"].startswith("full")]
     renoised = [row for row in oracles if row["what"].startswith("full")]
     fk, plain = rows["FK"], rows["plain"]
-    best4, cached = rows[f"best of {PARTICLES}"], rows["FK over a 2x plan"]
+    best4, cached = rows[f"best of {PARTICLES}"], rows[OVER_PLAN]
     interval = f"95% interval {fk['change_low']:+.1f} to {fk['change_high']:+.1f} points; plain {100 * plain['accuracy']:.1f}%"
     flow = {row["variant"]: row for row in results.settings["flow"]}
     whole = next(row for name, row in flow.items() if name.startswith("best of"))

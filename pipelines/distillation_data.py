@@ -135,6 +135,23 @@ def grid_of(pipe: Any, steps: int, top: int | None, shift: float | None) -> Grid
     return Grid.variance_preserving(pipe.scheduler.alphas_cumprod, steps, levels.prediction, top)
 
 
+def grid_at(pipe: Any, timesteps: Sequence[float]) -> Grid:
+    """The grid whose nodes are timesteps of the pipeline's noise schedule, and the clean sample.
+
+    Raises:
+        ValueError: The scheduler's path is not known.
+    """
+    levels = SchedulerLevels(pipe.scheduler)
+    times = torch.tensor([0.0, *sorted(timesteps)], dtype=torch.float64)
+    scale = float(pipe.scheduler.config.num_train_timesteps)
+    if levels.kind == "flow":
+        return Grid(times, 1 - times / scale, times / scale, "flow_prediction", scale)
+    if levels.kind != "variance-preserving":
+        raise ValueError(f"{levels.name} scales its latents by the noise; give the pipeline a DDIMScheduler of the same configuration")
+    kept = torch.cat([torch.ones(1, dtype=torch.float64), pipe.scheduler.alphas_cumprod.double().cpu()[times[1:].long()]])
+    return Grid(times.long(), kept.sqrt(), (1 - kept).sqrt(), levels.prediction, scale)
+
+
 def examples_of(
     pipe: Any,
     name: str,

@@ -9,6 +9,7 @@ Pipelines that load LoRAs take the file too (`pipe.load_lora_weights`); some, as
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from hasten.accelerators.caching.trace import config_hash, weight_facts
 from hasten.accelerators.distillation.adapters import Adapters
+from hasten.accelerators.distillation.dmd import few_nodes
 from hasten.accelerators.distillation.grid import Grid
 from hasten.pipelines.particle_rows import default
 from hasten.pipelines.solver_schedulers import GammaScheduler
@@ -65,6 +67,19 @@ class StepLoRA:
     def steps(self) -> tuple[int, ...]:
         """Numbers of steps it was trained for."""
         return tuple(sorted(int(count) for count in self.facts["steps"]))
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that are adapted."""
+        return list(dict.fromkeys(name.rsplit(".", 2)[0] for name in self.factors))
+
+    @property
+    def hash(self) -> str:
+        """Of the factors."""
+        digest = hashlib.sha256()
+        for name, factor in sorted(self.factors.items()):
+            digest.update(name.encode() + factor.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def timesteps(self, steps: int) -> list[float]:
         """Of the scheduler, for a number of steps.
@@ -203,8 +218,7 @@ class StepLoRA:
         """
         network = self.check(pipe, allow_mismatch)
         call, scheduler = self.call(pipe, steps, guidance_scale), self.scheduler(pipe, steps, gamma)
-        layers = list(dict.fromkeys(name.rsplit(".", 2)[0] for name in self.factors))
-        adapters = Adapters(network, layers, self.rank, name="hasten_steps")
+        adapters = Adapters(network, self.layers, self.rank, name="hasten_steps")
         before = pipe.scheduler
         try:
             adapters.load(self.factors)
@@ -242,7 +256,4 @@ def few_steps(grid: Grid, steps: int) -> list[float]:
     Raises:
         ValueError: The grid has fewer steps.
     """
-    if not 1 <= steps <= grid.steps:
-        raise ValueError(f"steps must be from 1 to the grid's, {grid.steps}, not {steps}")
-    nodes = [grid.steps] + [grid.steps * k // steps for k in range(steps - 1, 0, -1)]
-    return [float(grid.timesteps[node]) for node in nodes]
+    return [float(grid.timesteps[node]) for node in few_nodes(grid, steps)]

@@ -6,6 +6,7 @@ loads, whatever the denoiser's class offers.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,6 +118,17 @@ class Adapters:
     def state(self) -> dict[str, Tensor]:
         """A copy of all factors on the CPU."""
         return {name: factor.detach().cpu().clone() for name, factor in self.factors.items()}
+
+    def fresh(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Factors of another adapter that begins at nothing: the first is even over its layer's usual range, the second zero."""
+        made = {}
+        for name, factor in self.factors.items():
+            if name.endswith("lora_A.weight"):
+                drawn = torch.rand(factor.shape, generator=generator, device=generator.device)
+                made[name] = ((2 * drawn - 1) / math.sqrt(factor.shape[1])).to(factor)
+            else:
+                made[name] = torch.zeros_like(factor)
+        return made
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes over factors as `state` gives them.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hasten.accelerators.checks import check_whole
 from hasten.accelerators.distillation.grid import Conditions, Denoiser, Grid, exact
+from hasten.accelerators.distillation.method import FEW, Task
 from hasten.accelerators.distillation.teacher import check_guidance, drawn_index, drawn_scale, guided
 
 
@@ -40,6 +41,7 @@ class DistributionMatching:
         guidance: Lowest and highest guidance scale of the teacher, drawn for each row; 8 in the published code for SDXL.
         noise: Lowest and highest share of the scores' grid that samples are noised to; 0.02 to 0.98 in the published code.
         updates: Steps of the second score for each of the student's; 5 in the published code.
+        counts: Numbers of steps that the student is sampled in, evenly often.
 
     Raises:
         ValueError: A value is out of range.
@@ -48,12 +50,47 @@ class DistributionMatching:
     guidance: tuple[float, float] = (8.0, 8.0)
     noise: tuple[float, float] = (0.02, 0.98)
     updates: int = 5
+    counts: tuple[int, ...] = FEW
 
     def __post_init__(self) -> None:
+        if not self.counts or any(type(count) is not int or count < 1 for count in self.counts):
+            raise ValueError(f"counts must be whole numbers of at least 1, not {self.counts!r}")
         check_guidance(self.guidance)
         check_whole(1, updates=self.updates)
         if not 0 <= self.noise[0] < self.noise[1] <= 1:
             raise ValueError(f"noise must be two rising shares from 0 to 1, not {self.noise!r}")
+
+    @property
+    def ema(self) -> float | None:
+        return None
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return (1,)
+
+    @property
+    def gamma(self) -> float:
+        return 1.0
+
+    def loss(self, task: Task, segments: int) -> Tensor:
+        """See `DistillationMethod`: the scores are compared on the teacher's grid."""
+        assert task.score is not None
+        x0 = self._made(task)
+        return self.student_loss(x0, task.score, task.teacher, task.conditions, task.grid, task.generator)
+
+    def own_loss(self, task: Task) -> Tensor:
+        """See `ScoredMethod`."""
+        assert task.score is not None
+        with torch.no_grad():
+            x0 = self._made(task)
+        return self.score_loss(x0, task.score, task.conditions, task.grid, task.generator)
+
+    def _made(self, task: Task) -> Tensor:
+        """Samples of the student, in a number of steps and up to one of them that are drawn."""
+        counts = [count for count in self.counts if count <= task.grid.steps]
+        count = counts[_drawn(len(counts), task.generator)]
+        nodes = few_nodes(task.grid, count)[: 1 + _drawn(count, task.generator)]
+        return rollout(task.student, task.noise, task.conditions.told, task.grid, nodes, task.generator).x0
 
     def student_loss(
         self, x0: Tensor, fake: Denoiser, teacher: Denoiser, conditions: Conditions, scores: Grid, generator: torch.Generator
@@ -113,6 +150,21 @@ def rollout(student: Denoiser, noise: Tensor, told: object, grid: Grid, nodes: S
             x0 = grid.estimate(student(latents, grid.times(index), told), latents, index).x0
             latents = grid.noised(x0, drawn_noise(x0, generator), torch.full_like(index, nodes[place + 1]))
     return Rollout(latents, index, grid.estimate(student(latents, grid.times(index), told), latents, index).x0)
+
+
+def few_nodes(grid: Grid, steps: int) -> list[int]:
+    """Nodes that a run of so many steps begins its steps at, noisiest first.
+
+    Raises:
+        ValueError: The grid has fewer steps.
+    """
+    if not 1 <= steps <= grid.steps:
+        raise ValueError(f"steps must be from 1 to the grid's, {grid.steps}, not {steps}")
+    return [grid.steps] + [grid.steps * k // steps for k in range(steps - 1, 0, -1)]
+
+
+def _drawn(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator, device=generator.device))
 
 
 def drawn_noise(like: Tensor, generator: torch.Generator) -> Tensor:

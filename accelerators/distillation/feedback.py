@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hasten.accelerators.distillation.dmd import rollout
+from hasten.accelerators.distillation.method import TuningTask
 from hasten.accelerators.steering.verifiers import Verifier
 
 
@@ -33,6 +36,17 @@ class RewardFeedback:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ValueError(f"weight must be above 0, not {self.weight!r}")
+
+    @property
+    def from_pairs(self) -> bool:
+        return False
+
+    def tuning_loss(self, task: TuningTask) -> Tensor:
+        """See `TuningMethod`: the student's estimates of the clean sample at one of its steps, drawn evenly, are judged."""
+        assert task.reward is not None
+        last = int(torch.randint(len(task.nodes), (), generator=task.generator, device=task.generator.device))
+        made = rollout(task.student, task.noise, task.told, task.grid, task.nodes[: last + 1], task.generator)
+        return self.loss(made.x0, task.decode, task.reward, task.prompts)
 
     def loss(self, x0: Tensor, decode: Callable[[Tensor], Tensor], verifier: Verifier, prompts: Sequence[str]) -> Tensor:
         """The mean loss of the batch.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hasten.accelerators.distillation.grid import Conditions, Denoiser, Grid
+from hasten.accelerators.steering.verifiers import Verifier
 
 FEW = (1, 2, 4, 8)
 """Numbers of steps that a student of jumps to the clean sample is for."""
@@ -25,6 +27,7 @@ class Task(NamedTuple):
         grid: The teacher's.
         generator: For nodes and guidance scales.
         target: The student as it was, averaged, where the method wants an average; else the student.
+        score: The denoiser with a second score's adapters on, where the method learns one.
     """
 
     student: Denoiser
@@ -35,6 +38,7 @@ class Task(NamedTuple):
     grid: Grid
     generator: torch.Generator
     target: Denoiser | None = None
+    score: Denoiser | None = None
 
 
 class DistillationMethod(Protocol):
@@ -67,5 +71,66 @@ class DistillationMethod(Protocol):
         ...
 
     def loss(self, task: Task, segments: int) -> Tensor:
+        """The mean loss of the batch, with gradients into the student alone."""
+        ...
+
+
+@runtime_checkable
+class ScoredMethod(DistillationMethod, Protocol):
+    """One with a second score, which has adapters and an optimiser of its own."""
+
+    @property
+    def updates(self) -> int:
+        """Steps of the second score for each of the student's."""
+        ...
+
+    def own_loss(self, task: Task) -> Tensor:
+        """The second score's loss, with gradients into it alone."""
+        ...
+
+
+class TuningTask(NamedTuple):
+    """Everything one loss of a method that tunes a distilled student is computed from.
+
+    Attributes:
+        student: Its gradients flow.
+        reference: The student as it began.
+        noise: [B, ...] standard normal, that samples begin with.
+        told: The rows' conditions.
+        prompts: Of the rows.
+        grid: Of the student's few steps: its nodes are theirs, and the clean sample.
+        generator: For whatever is drawn.
+        decode: From latents to images in 0 to 1, differentiable.
+        reward: Of images and prompts; None where there are pairs.
+        pairs: Clean latents [B, ...] that are preferred, and such that are not, where the method learns from given pairs.
+    """
+
+    student: Denoiser
+    reference: Denoiser
+    noise: Tensor
+    told: Any
+    prompts: Sequence[str]
+    grid: Grid
+    generator: torch.Generator
+    decode: Callable[[Tensor], Tensor]
+    reward: Verifier | None = None
+    pairs: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def nodes(self) -> list[int]:
+        """Of the student's run, noisiest first."""
+        return list(range(self.grid.steps, 0, -1))
+
+
+@runtime_checkable
+class TuningMethod(Protocol):
+    """A loss that moves a distilled student towards what is preferred."""
+
+    @property
+    def from_pairs(self) -> bool:
+        """Whether it learns from given pairs of samples."""
+        ...
+
+    def tuning_loss(self, task: TuningTask) -> Tensor:
         """The mean loss of the batch, with gradients into the student alone."""
         ...

@@ -6,6 +6,7 @@ made likelier are the random steps it took. The reference is the same denoiser a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor
 from hasten.accelerators.checks import check_not_negative
 from hasten.accelerators.distillation.dmd import drawn_noise
 from hasten.accelerators.distillation.grid import Denoiser, Grid
+from hasten.accelerators.distillation.method import TuningTask
+from hasten.accelerators.steering.verifiers import checked_score
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class OfflinePSO:
 
     def __post_init__(self) -> None:
         check_not_negative(beta=self.beta, rejection=self.rejection, anchor=self.anchor)
+
+    @property
+    def from_pairs(self) -> bool:
+        return True
+
+    def tuning_loss(self, task: TuningTask) -> Tensor:
+        """See `TuningMethod`."""
+        assert task.pairs is not None
+        return self.loss(task.student, task.reference, *task.pairs, task.told, task.grid, task.generator)
 
     def loss(
         self, student: Denoiser, reference: Denoiser, preferred: Tensor, rejected: Tensor, told: Any, grid: Grid, generator: torch.Generator
@@ -126,6 +138,21 @@ class OnlinePSO:
         if not 0 < self.clip < 1:
             raise ValueError(f"clip must be above 0 and below 1, not {self.clip!r}")
 
+    @property
+    def from_pairs(self) -> bool:
+        return False
+
+    def tuning_loss(self, task: TuningTask) -> Tensor:
+        """See `TuningMethod`: the student draws both samples of a pair, each from a noise of its own, and the reward prefers one."""
+        assert task.reward is not None
+        runs, scores = [], []
+        for noise in (task.noise, drawn_noise(task.noise, task.generator)):
+            runs.append(drawn_trajectory(task.student, noise, task.told, task.grid, task.nodes, task.generator))
+            with torch.no_grad():
+                scores.append(checked_score(task.reward, task.decode(runs[-1].x0), task.prompts))
+        preference = torch.where(scores[0] == scores[1], 0, torch.where(scores[0] > scores[1], 1, -1))
+        return self.loss(task.student, task.reference, runs[0], runs[1], preference, task.told, task.grid)
+
     def loss(
         self, student: Denoiser, reference: Denoiser, first: Trajectory, second: Trajectory, preference: Tensor, told: Any, grid: Grid
     ) -> Tensor:
@@ -162,4 +189,5 @@ class OnlinePSO:
 
         with torch.no_grad():
             before = log_density(reference)
-        return (log_density(student) - before).exp().clamp(1 - self.clip, 1 + self.clip).log()
+        # Clipped as logarithms: a ratio that overflows would have a gradient of infinity times zero.
+        return (log_density(student) - before).clamp(math.log(1 - self.clip), math.log(1 + self.clip))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 MODELS = ("shapes", "shapes-flow", "shapes-unet")
 """Names of the models that ship."""
 
+STEPS = "-steps"
+"""Behind a model's name: its step LoRA."""
 DEFAULTS_FILE = "hasten.json"
 """Beside a pipeline's `model_index.json`: the call that the model was trained for and is judged with."""
 
@@ -39,6 +41,13 @@ def path_of(name: str) -> Path:
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"the weights of {name!r} are missing ({folder}): reinstall hasten, or train them with recipes/{name}.py")
     return folder
+
+
+def step_loras() -> dict[str, Path]:
+    """Folders of the step LoRAs that ship, by name: a model's with `-steps` behind it."""
+    weights = Path(str(files("hasten.pipelines.zoo"))) / "weights"
+    found = {f"{model}{STEPS}": weights / f"{model}{STEPS}" for model in MODELS}
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
 
 
 def load(name: str, dtype: torch.dtype | None = None) -> DiffusionPipeline:

@@ -39,6 +39,14 @@ if TYPE_CHECKING:
     from hasten.accelerators.caching.trace import Trace
     from hasten.accelerators.decoding.freedave import FreeDave
     from hasten.accelerators.decoding.wino import WINO
+    from hasten.accelerators.distillation.adapters import LoRA
+    from hasten.accelerators.distillation.ctm import ConsistencyTrajectory
+    from hasten.accelerators.distillation.dmd import DistributionMatching
+    from hasten.accelerators.distillation.feedback import RewardFeedback
+    from hasten.accelerators.distillation.lcm import LCM
+    from hasten.accelerators.distillation.pcm import PhasedConsistency
+    from hasten.accelerators.distillation.pso import OfflinePSO, OnlinePSO
+    from hasten.accelerators.distillation.trajectory import TrajectoryConsistency
     from hasten.accelerators.search.carinox import CARINOX
     from hasten.accelerators.search.paths import SearchOverPaths
     from hasten.accelerators.search.random_search import RandomSearch
@@ -70,15 +78,20 @@ if TYPE_CHECKING:
         StaticDecoding,
         ThresholdDecoding,
     )
+    from hasten.pipelines.distilling import distill
     from hasten.pipelines.planning import plan
     from hasten.pipelines.searching import SearchedPipeline, search
+    from hasten.pipelines.solver_schedulers import EVODiffScheduler, GammaScheduler
     from hasten.pipelines.steering import SteeredPipeline, steer
+    from hasten.pipelines.step_lora import StepLoRA
     from hasten.pipelines.text import TextPipeline
+    from hasten.pipelines.tuning import tune
 
 __all__ = [
     "BAC",
     "CARINOX",
     "FORA",
+    "LCM",
     "SVDD",
     "WINO",
     "AcceleratedPipeline",
@@ -94,9 +107,12 @@ __all__ = [
     "CategoryMix",
     "CoDe",
     "ColourTarget",
+    "ConsistencyTrajectory",
     "CreditDecoding",
     "DeepCache",
     "DeltaDiT",
+    "DistributionMatching",
+    "EVODiffScheduler",
     "EditingDecoding",
     "EntropyBoundDecoding",
     "FKSteering",
@@ -104,19 +120,25 @@ __all__ = [
     "FirstBlock",
     "Forecast",
     "FreeDave",
+    "GammaScheduler",
     "HPSv2",
     "HierarchicalDecoding",
     "ImageReward",
     "JPEGSize",
     "KLASSDecoding",
+    "LoRA",
     "MagCache",
     "MeanRank",
+    "OfflinePSO",
+    "OnlinePSO",
+    "PhasedConsistency",
     "PickScore",
     "Plan",
     "PlanError",
     "RCRDecoding",
     "RandomSearch",
     "ReNO",
+    "RewardFeedback",
     "RolloverBudget",
     "RunReport",
     "SaberDecoding",
@@ -128,11 +150,13 @@ __all__ = [
     "StaticDecoding",
     "SteeredPipeline",
     "SteeringError",
+    "StepLoRA",
     "SuccessiveHalving",
     "TeaCache",
     "TextPipeline",
     "ThresholdDecoding",
     "Trace",
+    "TrajectoryConsistency",
     "VQAScore",
     "WeightedSum",
     "ZeroOrder",
@@ -140,14 +164,30 @@ __all__ = [
     "accelerate",
     "attach",
     "calibrate",
+    "distill",
     "explain",
     "plan",
     "search",
     "steer",
     "trace",
+    "tune",
 ]
 
 _HOME = {
+    "LoRA": "hasten.accelerators.distillation.adapters",
+    "ConsistencyTrajectory": "hasten.accelerators.distillation.ctm",
+    "DistributionMatching": "hasten.accelerators.distillation.dmd",
+    "RewardFeedback": "hasten.accelerators.distillation.feedback",
+    "LCM": "hasten.accelerators.distillation.lcm",
+    "PhasedConsistency": "hasten.accelerators.distillation.pcm",
+    "OfflinePSO": "hasten.accelerators.distillation.pso",
+    "OnlinePSO": "hasten.accelerators.distillation.pso",
+    "TrajectoryConsistency": "hasten.accelerators.distillation.trajectory",
+    "distill": "hasten.pipelines.distilling",
+    "EVODiffScheduler": "hasten.pipelines.solver_schedulers",
+    "GammaScheduler": "hasten.pipelines.solver_schedulers",
+    "StepLoRA": "hasten.pipelines.step_lora",
+    "tune": "hasten.pipelines.tuning",
     "CARINOX": "hasten.accelerators.search.carinox",
     "SearchOverPaths": "hasten.accelerators.search.paths",
     "RandomSearch": "hasten.accelerators.search.random_search",

@@ -20,10 +20,11 @@ from torch import Tensor
 from hasten.accelerators.distillation.adapters import LoRA
 from hasten.accelerators.distillation.lcm import LCM
 from hasten.accelerators.distillation.trajectory import TrajectoryConsistency
-from hasten.pipelines import distillation_data, distilling
+from hasten.pipelines import distillation_data, distilling, training
 from hasten.pipelines.distillation_data import columns, examples_of, folder, grid_of
-from hasten.pipelines.distilling import Settings, distill
+from hasten.pipelines.distilling import distill
 from hasten.pipelines.step_lora import WEIGHTS_FILE, StepLoRA, few_steps
+from hasten.pipelines.training import Settings
 from hasten.pipelines.zoo.loading import call_defaults, load, path_of
 
 PROMPTS = ["a small red circle", "a large blue square", "a red square left of a blue circle"]
@@ -76,7 +77,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(pipe: Any, tmp_path: Pat
         return bar()
 
     with monkeypatch.context() as patch:
-        patch.setattr(distilling, "_bar", stopping)
+        patch.setattr(training, "progress_bar", stopping)
         with pytest.raises(Interrupted):
             distill(pipe, PROMPTS, method, output=tmp_path / "parts", **run)
     assert torch.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 2
@@ -179,17 +180,24 @@ def test_two_processes_take_batches_of_their_own_and_share_gradients(
     assert torch.load(tmp_path / "two" / "checkpoint.pt")["about"]["processes"] == "2"
     both = StepLoRA.load(tmp_path / "two")
 
-    stream, loss = distilling._stream, distilling._Run._loss
+    stream, task = training.stream, distilling.Distillation._task
+    loss = TrajectoryConsistency.loss
 
-    def mean(self: Any, *args: Any) -> Tensor:
-        parts = []
+    def mean(self: Any, both: Any, segments: int) -> Tensor:
+        return (loss(self, both[0], segments) + loss(self, both[1], segments)) / 2
+
+    def tasks(self: Any, step: int, part: int, adapters: Any) -> Any:
+        made = []
         for process in (0, 1):
             with monkeypatch.context() as patch:
-                patch.setattr(distilling, "_stream", lambda seed, step, _, device, process=process: stream(seed, step, process, device))
-                parts.append(loss(self, *args))
-        return (parts[0] + parts[1]) / 2
+                patch.setattr(
+                    training, "stream", lambda seed, step, _, device, part, process=process: stream(seed, step, process, device, part)
+                )
+                made.append(task(self, step, part, adapters))
+        return made
 
-    monkeypatch.setattr(distilling._Run, "_loss", mean)
+    monkeypatch.setattr(distilling.Distillation, "_task", tasks)
+    monkeypatch.setattr(TrajectoryConsistency, "loss", mean)
     one = distill(pipe, PROMPTS, METHOD, steps=2, output=tmp_path / "one", **QUICK)
     for name, factor in one.factors.items():
         torch.testing.assert_close(both.factors[name], factor, rtol=1e-3, atol=1e-5)
