@@ -58,7 +58,7 @@ STEPS, PARTICLES, OBJECTS = 50, 4, 3
 SCORINGS: dict[str, Any] = {"start": 0.86, "end": 0.98, "every": 0.06, "ess": None}
 """Chosen on captions of another seed. Earlier estimates of this model change too much for four particles: whoever is dropped for one is
 missed at the end. And with four, half of the effective size lets three drag a wrong one along, so all scorings resample."""
-SOFT = Tolerance(**{each.name: 0.75 * getattr(EXACT, each.name) + 0.25 * getattr(BLURRED, each.name) for each in fields(Tolerance)})
+HALFWAY = Tolerance(**{each.name: (getattr(EXACT, each.name) + getattr(BLURRED, each.name)) / 2 for each in fields(Tolerance)})
 """What judges the estimates of these late scorings, softer than finished pictures and sharper than those in the middle of sampling."""
 SEED, NOISE_SEED = 20_261_121, 20_261_122
 LIFT, NEARLY_ALL, POPULATION = 15.0, 0.99, 8.0
@@ -285,19 +285,19 @@ def execute(captions: int, pool: int, searched: int, chains: int, particles: int
     results.settings["mixture"] = oracle_rows(particles, note)
     bench = Bench()
     texts = bench.captions(captions)
-    exact, soft = ShapesReward(), ShapesReward(SOFT, exact=0.0)
+    exact, halfway = ShapesReward(), ShapesReward(HALFWAY, exact=0.0)
     fk, several = FKSteering(PARTICLES, select="all", **SCORINGS), BestOfN(PARTICLES, select="all")
     early = FKSteering(PARTICLES, select="all")
     targets = {
         INDEPENDENT: steer(bench.pipe, exact, BestOfN(pool, select="all")),
-        "FK": steer(bench.pipe, exact, fk, estimates=soft),
+        "FK": steer(bench.pipe, exact, fk, estimates=halfway),
         "FK, estimates judged exactly": steer(bench.pipe, exact, fk, estimates=exact),
         "FK, estimates judged loosely": steer(bench.pipe, exact, fk),
         "FK at 20 to 80% as published, loosely": steer(bench.pipe, exact, early),
         "successive halving, 8": steer(bench.pipe, exact, SuccessiveHalving()),
         # Denoising with noise of its own is another sampler: what it does without any steering.
         f"best of {PARTICLES}, eta 1": steer(bench.pipe, exact, several, kernel="ddim"),
-        OVER_PLAN: steer(accelerate(bench.pipe, bench.planned(note)), exact, fk, estimates=soft),
+        OVER_PLAN: steer(accelerate(bench.pipe, bench.planned(note)), exact, fk, estimates=halfway),
     }
     chunks = [texts[at : at + CHUNK] for at in range(0, captions, CHUNK)]
     tick = note("captions, all methods in turns", len(chunks) * len(targets))

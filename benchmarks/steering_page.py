@@ -80,7 +80,7 @@ def page(results: Results) -> str:
         f'{s["pool"]} independent samples, and N in "samples of time" is the method\'s whole time over that of one sample, decoding and '
         "verifying included. Apart: how far the particles of a caption are from each other, against independent ones; copies have only the "
         "noise of the steps that are left to part. FK scores and resamples at 86, 92 and 98% of the way unless the table says otherwise; "
-        "its estimates are judged by a tolerance a quarter of the way from that of finished samples (exactly) to one that lets blur pass (loosely)."
+        "its estimates are judged by a tolerance halfway between that of finished samples (exactly) and one that lets blur pass (loosely)."
     )
     return bars_last(
         results,
