@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from hasten.accelerators.distillation.adapters import Adapters, LoRA
+from hasten.accelerators.distillation.adversarial import Adversarial, Discriminator
 from hasten.accelerators.distillation.grid import Conditions, Denoiser, Grid
 from hasten.accelerators.distillation.method import DistillationMethod, ScoredMethod, Task
 from hasten.accelerators.distillation.trajectory import TrajectoryConsistency
@@ -108,6 +109,9 @@ class Distillation(Training):
 
     teacher_steps: int
     examples: Examples = field(init=False)
+    score: Optimised | None = field(init=False, default=None)
+    heads: Optimised | None = field(init=False, default=None)
+    adversary: Adversarial | None = field(init=False, default=None)
 
     def _grid(self) -> Grid:
         return grid_of(self.pipe, self.settings.grid_steps, self.settings.top, self.settings.shift)
@@ -128,21 +132,26 @@ class Distillation(Training):
     def _begin(self, adapters: Adapters) -> list[Optimised]:
         if self.method.ema is not None:
             self.averaged = {name: factor.to(self.device) for name, factor in adapters.state().items()}
-        if not isinstance(self.method, ScoredMethod):
-            return []
-        # The second score's factors are no module's: they take the student's place for a call.
-        factors = {name: nn.Parameter(factor) for name, factor in adapters.fresh(self._randomness(-1)).items()}
-        self.score = Optimised(factors, self.settings, self.accelerator)
-        return [self.score]
+        if isinstance(self.method, ScoredMethod):
+            # The second score's factors are no module's: they take the student's place for a call.
+            factors = {name: nn.Parameter(factor) for name, factor in adapters.fresh(self._randomness(-1)).items()}
+            self.score = Optimised(factors, self.settings, self.accelerator)
+        if getattr(self.method, "adversarial", False):
+            discriminator = Discriminator(adapters.denoiser, seed=self.settings.seed)
+            self.adversary = Adversarial(discriminator, list(adapters.factors.values())[-2:])
+            self.heads = Optimised(dict(discriminator.named_parameters()), self.settings, self.accelerator)
+        return [beside for beside in (self.score, self.heads) if beside is not None]
 
     def _step(self, step: int, student: Optimised, adapters: Adapters) -> tuple[float, str]:
         method, rate = self.method, self.settings.rate(step)
         segments = method.stages[self.settings.stage(step, len(method.stages))]
         loss = method.loss(self._task(step, 0, adapters), segments)
         student.step(loss, rate)
-        if isinstance(method, ScoredMethod):
+        if isinstance(method, ScoredMethod) and self.score is not None:
             for update in range(method.updates):
                 self.score.step(method.own_loss(self._task(step, 1 + update, adapters)), rate)
+        if self.adversary is not None and self.heads is not None:
+            self.heads.step(self.adversary.own_loss(), rate)
         if self.averaged and method.ema is not None:
             with torch.no_grad():
                 for name, factor in student.factors.items():
@@ -158,6 +167,6 @@ class Distillation(Training):
         told = examples.encoded.rows(examples.caption[index], self.device)
         untold = None if examples.empty is None else examples.empty.rows(torch.zeros_like(index), self.device)
         target = self._with(adapters, self.averaged) if self.averaged else None
-        score: Denoiser | None = self._with(adapters, self.score.factors) if isinstance(self.method, ScoredMethod) else None
-        conditions = Conditions(told, untold)
-        return Task(self._student(adapters), self._teacher(adapters), x0, noise, conditions, self.grid, generator, target, score)
+        score: Denoiser | None = None if self.score is None else self._with(adapters, self.score.factors)
+        student, teacher, conditions = self._student(adapters), self._teacher(adapters), Conditions(told, untold)
+        return Task(student, teacher, x0, noise, conditions, self.grid, generator, target, score, self.adversary)

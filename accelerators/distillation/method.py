@@ -15,6 +15,14 @@ FEW = (1, 2, 4, 8)
 """Numbers of steps that a student of jumps to the clean sample is for."""
 
 
+class Adversary(Protocol):
+    """A discriminator beside a consistency loss (`adversarial.Adversarial`)."""
+
+    def added(self, loss: Tensor, task: Task, prediction: Tensor, target: Tensor, landing: Tensor, segments: int) -> Tensor:
+        """The loss with the adversarial one, weighed against it: where jumps landed [B, ...], where they should, and at what nodes [B]."""
+        ...
+
+
 class Task(NamedTuple):
     """Everything one loss is computed from.
 
@@ -28,6 +36,7 @@ class Task(NamedTuple):
         generator: For nodes and guidance scales.
         target: The student as it was, averaged, where the method wants an average; else the student.
         score: The denoiser with a second score's adapters on, where the method learns one.
+        adversary: Where the method has an adversarial part.
     """
 
     student: Denoiser
@@ -39,6 +48,7 @@ class Task(NamedTuple):
     generator: torch.Generator
     target: Denoiser | None = None
     score: Denoiser | None = None
+    adversary: Adversary | None = None
 
 
 class DistillationMethod(Protocol):

@@ -26,6 +26,7 @@ class PhasedConsistency:
         huber: Width of the pseudo-Huber distance, 0.001 in the published code; None is the mean squared error.
         stride: Nodes that the teacher crosses at once.
         ema: Of an averaged target; none in the published code.
+        adversarial: Whether a discriminator on the teacher's features judges the jumps too, as in the published runs.
 
     Raises:
         ValueError: A value is out of range.
@@ -36,6 +37,7 @@ class PhasedConsistency:
     huber: float | None = 0.001
     stride: int = 1
     ema: float | None = None
+    adversarial: bool = False
 
     def __post_init__(self) -> None:
         check_whole(1, phases=self.phases, stride=self.stride)
@@ -61,4 +63,4 @@ class PhasedConsistency:
         index = drawn_index(1, grid.steps, rows, task.generator)
         scale = drawn_scale(self.guidance, rows, task.generator)
         landing = grid.segment_start(index, segments)
-        return segmented_loss(task, index, landing, scale, self.stride, self.huber)
+        return segmented_loss(task, index, landing, scale, self.stride, self.huber, segments)

@@ -53,10 +53,12 @@ def segmented_jumps(
         return prediction, torch.where(arrived, stepped, onward)
 
 
-def segmented_loss(task: Task, index: Tensor, landing: Tensor, scale: Tensor, stride: int, huber: float | None) -> Tensor:
-    """The mean distance of the two jumps, from the task's samples noised to nodes `index`; see `segmented_jumps`."""
+def segmented_loss(task: Task, index: Tensor, landing: Tensor, scale: Tensor, stride: int, huber: float | None, segments: int) -> Tensor:
+    """The mean distance of the two jumps, from the task's samples noised to nodes `index`; see `segmented_jumps`. With the task's adversary
+    its loss is added."""
     latents = task.grid.noised(task.x0, task.noise, index)
-    jumps = segmented_jumps(
+    prediction, target = segmented_jumps(
         task.student, task.teacher, latents, index, landing, task.conditions, task.grid, scale, task.target, stride
     )  # fmt: skip
-    return distance(*jumps, huber).mean()
+    loss = distance(prediction, target, huber).mean()
+    return loss if task.adversary is None else task.adversary.added(loss, task, prediction, target, landing, segments)

@@ -32,6 +32,8 @@ class TrajectoryConsistency:
         huber: Width of a pseudo-Huber distance; None is the paper's mean squared error.
         stride: Nodes that the teacher crosses at once.
         ema: Of an averaged target; None, as usual for LoRAs, has the student be its own.
+        adversarial: Whether a discriminator on the teacher's features judges the jumps too, as in the paper. It costs two more calls of the
+            denoiser a step with gradients, and gradient checkpointing must be off.
 
     Raises:
         ValueError: A value is out of range.
@@ -43,6 +45,7 @@ class TrajectoryConsistency:
     huber: float | None = None
     stride: int = 1
     ema: float | None = None
+    adversarial: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -79,4 +82,4 @@ class TrajectoryConsistency:
             share = torch.rand(rows, generator=task.generator, device=index.device)
             landing = landing + (share * (index - landing)).long()
         scale = drawn_scale(self.guidance, rows, task.generator)
-        return segmented_loss(task, index, landing, scale, self.stride, self.huber)
+        return segmented_loss(task, index, landing, scale, self.stride, self.huber, segments)

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     )
     from hasten.pipelines.distilling import distill
     from hasten.pipelines.planning import plan
+    from hasten.pipelines.presets import PUBLISHED, Preset, few_step
     from hasten.pipelines.searching import SearchedPipeline, search
     from hasten.pipelines.solver_schedulers import EVODiffScheduler, GammaScheduler
     from hasten.pipelines.steering import SteeredPipeline, steer
@@ -92,6 +93,7 @@ __all__ = [
     "CARINOX",
     "FORA",
     "LCM",
+    "PUBLISHED",
     "SVDD",
     "WINO",
     "AcceleratedPipeline",
@@ -135,6 +137,7 @@ __all__ = [
     "PickScore",
     "Plan",
     "PlanError",
+    "Preset",
     "RCRDecoding",
     "RandomSearch",
     "ReNO",
@@ -166,6 +169,7 @@ __all__ = [
     "calibrate",
     "distill",
     "explain",
+    "few_step",
     "plan",
     "search",
     "steer",
@@ -174,6 +178,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "PUBLISHED": "hasten.pipelines.presets",
+    "Preset": "hasten.pipelines.presets",
+    "few_step": "hasten.pipelines.presets",
     "LoRA": "hasten.accelerators.distillation.adapters",
     "ConsistencyTrajectory": "hasten.accelerators.distillation.ctm",
     "DistributionMatching": "hasten.accelerators.distillation.dmd",

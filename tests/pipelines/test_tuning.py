@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,28 @@ def test_the_few_steps_are_the_sampler_s_own(name: str, tmp_path: Path) -> None:
     sigma = grid.sigma / (grid.alpha if name == "shapes" else 1)
     if hasattr(scheduler, "sigmas"):
         torch.testing.assert_close(scheduler.sigmas.double()[:2], sigma.flip(0)[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_discriminator_is_trained_beside_the_student_and_resumed(pipe: Any, tmp_path: Path) -> None:
+    method = TrajectoryConsistency((2, 1), guidance=(2.0, 2.0), adversarial=True)
+    run = {**QUICK, "top": 499, "checkpoint_every": 1, "steps": 3}
+    whole = distill(pipe, PROMPTS, method, output=tmp_path / "whole", **run)
+    plain = distill(pipe, PROMPTS, replace(method, adversarial=False), output=tmp_path / "plain", **run)
+    heads = torch.load(tmp_path / "whole" / "checkpoint.pt")["trained"][1]
+    assert whole.hash != plain.hash and int(heads["optimizer"]["state"][0]["step"]) == 3
+    step, steps = training.Optimised.step, []
+
+    def counted(self: Any, loss: Tensor, rate: float) -> None:
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        steps.append(float(loss))
+        step(self, loss, rate)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Optimised, "step", counted)
+        with pytest.raises(KeyboardInterrupt):
+            distill(pipe, PROMPTS, method, output=tmp_path / "parts", **run)
+    assert distill(pipe, PROMPTS, method, output=tmp_path / "parts", **run).hash == whole.hash
 
 
 def test_distribution_matching_goes_on_from_a_student_and_trains_a_score_beside_it(pipe: Any, lora: StepLoRA, tmp_path: Path) -> None:
