@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +153,7 @@ def read(path: Path) -> Config:
     Raises:
         BadInput: It is missing, no YAML, or has an entry that is unknown, missing or of a wrong kind.
     """
-    import yaml
-
+    yaml: Any = import_module("yaml")  # which comes without types
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -23,6 +23,7 @@ from torch import Tensor
 from hasten.accelerators.caching.delta_dit import DeltaDiT
 from hasten.accelerators.distillation.adapters import LoRA
 from hasten.accelerators.distillation.lcm import LCM
+from hasten.accelerators.distillation.method import DistillationMethod
 from hasten.accelerators.distillation.pso import OnlinePSO
 from hasten.accelerators.distillation.trajectory import TrajectoryConsistency
 from hasten.accelerators.steering.fk import FKSteering
@@ -179,17 +180,18 @@ def trained_rows(bench: Bench, steps: int, judged: int, note: Note) -> list[dict
         data = [
             {"image": image, "text": str(caption)} for image, caption in zip(_pictures_of(known), known.captions(), strict=True)
         ]  # fmt: skip
-        settings = {
+        settings: dict[str, Any] = {
             "steps": steps, "lora": LoRA(28, merged=True), "call": {k: bench.call[k] for k in ("use_resolution_binning", "clean_caption")},
             "batch_size": 32, "learning_rate": 2e-3, "warmup": 20, "grid_steps": 16, "top": 649, "progress": False,
             "checkpoint_every": steps,
         }  # fmt: skip
         settings["call"]["max_sequence_length"] = bench.call.get("max_sequence_length", 20)
         rows = []
-        for name, method in {
+        methods: dict[str, DistillationMethod] = {
             "segmented": TrajectoryConsistency((8, 4, 2, 1), (3.0, 3.0)),
             "LCM": LCM((3.0, 3.0)),
-        }.items():
+        }
+        for name, method in methods.items():
             made = distill(bench.pipe, data, method, output=folder / name, **settings)
             for count in (1, 2, 4):
                 images = bench.few(texts, count, made)

@@ -162,10 +162,10 @@ class Tuning(Training):
                 told = self.encoded.rows(index, self.device)
                 nodes = list(range(self.grid.steps, 0, -1))
                 made[side].append(drawn_trajectory(self.reference, noise, told, self.grid, nodes, generator).x0)
-        first, second = (torch.cat(side) for side in made)
+        first, second = torch.cat(made[0]), torch.cat(made[1])
         scores = []
-        for side in (first, second):
-            parts = zip(side.split(self.settings.batch_size), _split(self.captions, self.settings.batch_size), strict=True)
+        for samples in (first, second):
+            parts = zip(samples.split(self.settings.batch_size), _split(self.captions, self.settings.batch_size), strict=True)
             scores.append(torch.cat([checked_score(self.reward, self.decode(latents), told) for latents, told in parts]))
         better = scores[0] > scores[1]
         rows = (scores[0] != scores[1]).nonzero()[:, 0]

@@ -1,11 +1,13 @@
-"""Distils the shipped `shapes` model into 1, 2, 4 and 8 steps: `python recipes/shapes_steps.py`. See recipes/README.md.
+"""Distils a shipped shapes model into 1, 2, 4 and 8 steps: `python recipes/shapes_steps.py [--model shapes-flow]`. See recipes/README.md.
 
     pool      scenes encoded by the model's own VAE and text encoder
     segments  trajectory-segmented consistency in 8, 4, 2 and 1 segments
     match     distribution matching on what the student makes in 1, 2, 4 and 8 steps
+    feedback  the same, with the gradient of the proxy verifier beside it
+    single    the same, mostly in one step, at a lower rate
     export    one LoRA in bf16, scored on unseen captions beside its teacher, and the card
 
-One core is enough. `--minutes` ends a run early; give the same command again to go on. Checkpoints lie in runs/shapes-steps.
+One core is enough. `--minutes` ends a run early; give the same command again to go on. Checkpoints lie in runs/MODEL-steps.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import shared
 import torch
@@ -27,60 +30,119 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten.accelerators.distillation.adapters import layers_of
 from hasten.accelerators.distillation.dmd import DistributionMatching, rollout
+from hasten.accelerators.distillation.feedback import RewardFeedback
 from hasten.accelerators.distillation.grid import Conditions, Grid
 from hasten.accelerators.distillation.method import Task
 from hasten.accelerators.distillation.trajectory import TrajectoryConsistency
+from hasten.pipelines.distillation_data import grid_of
+from hasten.pipelines.solver_schedulers import GammaScheduler
 from hasten.pipelines.step_lora import StepLoRA, facts_of, few_steps
 from hasten.pipelines.zoo.loading import call_defaults, load, path_of
 from hasten.pipelines.zoo.shapes import Caption, verify, world
+from hasten.pipelines.zoo.shapes.proxy import load_proxy
 
-RANK, BATCH, GUIDANCE = 28, 64, 3.0
-GRID, TOP = 16, 649
-"""Steps of the teacher's solver, and the timestep where sampling begins. With pure noise there the teacher is as good as from 999 (89.1%
-against 90.6% of 64 captions in 16 steps), and what bf16 rounds away in a noise prediction is multiplied by 8 and not by 157."""
+BATCH, GRID, SCORES = 64, 16, 45
+"""Rows of a step, steps of the teacher's solver, and noise levels at which scores are compared."""
 COUNTS = (1, 2, 4, 8)
 SEGMENTS = {8: 50, 4: 50, 2: 100, 1: 150}
 """Optimiser steps of each stage."""
 RATE, FALLING, AVERAGE = 2e-3, 0.3, 0.99
-MATCHES, MATCH_RATE, SCORE_RATE, WARMUP, MATCH_AVERAGE = 900, 5e-4, 1e-3, 10, 0.98
-SHARES = (0.45, 0.25, 0.2, 0.1)
-"""How often the student is matched in 1, 2, 4 and 8 steps."""
-SCENES, CHUNK = 12_288, 256
+SCORE_RATE, WARMUP, MATCH_WARMUP, MATCH_AVERAGE = 1e-3, 10, 20, 0.98
+CEILING = -0.1
+"""Log-probability that all is right, above which the proxy verifier has nothing to say."""
+SCENES, CHUNK, POOL_SEED = 12_288, 256, 77
 CHECKED = 128
 """Captions of the check at the end of a stage."""
 
 
-class Model:
-    """The shipped pipeline with its denoiser as a compiled function of the weights that are adapted."""
+class Shapes:
+    """`PixArtAlphaPipeline`, noise prediction."""
 
-    def __init__(self) -> None:
-        self.pipe = load("shapes")
+    rank, guidance = 28, 3.0
+    top = 649
+    """The timestep where sampling begins. With pure noise there the teacher is as good as from 999 (89.1% against 90.6% of 64 captions in
+    16 steps), and what bf16 rounds away in a noise prediction is multiplied by 8 and not by 157."""
+    call: ClassVar[dict[str, Any]] = {"use_resolution_binning": False, "clean_caption": False}
+    shown = "use_resolution_binning=False"
+
+    def grid(self, pipe: Any) -> Grid:
+        return Grid.variance_preserving(pipe.scheduler.alphas_cumprod, GRID, "epsilon", self.top)
+
+    def scores(self, pipe: Any) -> Grid:
+        return Grid.variance_preserving(pipe.scheduler.alphas_cumprod, SCORES, "epsilon", 899)
+
+    def encoded(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
+        """Features [N, 20, 128] in bf16 and their mask."""
+        text, mask, _, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=shared.TEXT_LENGTH)
+        return text.bfloat16(), mask
+
+    def arguments(self, times: Tensor, text: Tensor, mask: Tensor) -> dict[str, Any]:
+        """Of the denoiser, beside the latents."""
+        return {
+            "encoder_hidden_states": text,
+            "timestep": times,
+            "encoder_attention_mask": mask,
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+
+class ShapesFlow:
+    """`AuraFlowPipeline`, rectified flow: from pure noise, with the shift of the pipeline's own scheduler."""
+
+    rank, guidance = 39, 2.5
+    call: ClassVar[dict[str, Any]] = {}
+    shown = f"height=64, width=64, max_sequence_length={shared.TEXT_LENGTH}"
+
+    def grid(self, pipe: Any) -> Grid:
+        return grid_of(pipe, GRID, None, None)
+
+    def scores(self, pipe: Any) -> Grid:
+        return grid_of(pipe, SCORES, None, None)
+
+    def encoded(self, pipe: Any, captions: list[str]) -> tuple[Tensor, ...]:
+        """Features [N, 20, 128] in bf16: the pipeline sets padding to zero and masks nothing."""
+        text = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=shared.TEXT_LENGTH)[0]
+        return (text.bfloat16(),)
+
+    def arguments(self, times: Tensor, text: Tensor) -> dict[str, Any]:
+        """Of the denoiser, beside the latents."""
+        return {"encoder_hidden_states": text, "timestep": times.float() / 1000}
+
+
+TEACHERS: dict[str, Shapes | ShapesFlow] = {"shapes": Shapes(), "shapes-flow": ShapesFlow()}
+"""What is each model's own."""
+
+
+class Model:
+    """A shipped pipeline with its denoiser as a compiled function of the weights that are adapted."""
+
+    def __init__(self, name: str) -> None:
+        self.teacher = TEACHERS[name]
+        self.pipe = load(name)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.requires_grad_(False)
         self.network = self.pipe.transformer.requires_grad_(False).eval()
         self.scale = self.pipe.vae.config.scaling_factor
-        self.alphas = self.pipe.scheduler.alphas_cumprod
-        self.grid = Grid.variance_preserving(self.alphas, GRID, "epsilon", TOP)
-        self.scores = Grid.variance_preserving(self.alphas, 45, "epsilon", 899)
+        self.grid, self.scores = self.teacher.grid(self.pipe), self.teacher.scores(self.pipe)
+        self.guidance = (self.teacher.guidance, self.teacher.guidance)
         self.base = {layer: self.network.get_submodule(layer).weight.detach() for layer in layers_of(self.network)}
         self.plain = {f"{layer}.weight": weight.bfloat16() for layer, weight in self.base.items()}
         self.empty = self.encoded([""])
         self.compiled = torch.compile(self._answer, dynamic=False)
 
     @torch.no_grad()
-    def encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Features [N, 20, 128] in bf16 and their mask."""
-        text, mask, _, _ = self.pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=shared.TEXT_LENGTH)
-        return text.bfloat16(), mask
+    def encoded(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """What the denoiser is told of the captions, a row for each."""
+        return self.teacher.encoded(self.pipe, captions)
 
     def new_factors(self, seed: int) -> dict[str, Tensor]:
         """Both factors of every layer, the second at zero."""
         generator = torch.Generator().manual_seed(seed)
         made = {}
         for layer, weight in self.base.items():
-            first = torch.rand(RANK, weight.shape[1], generator=generator) * 2 - 1
+            first = torch.rand(self.teacher.rank, weight.shape[1], generator=generator) * 2 - 1
             made[f"{layer}.lora_A.weight"] = (first / math.sqrt(weight.shape[1])).requires_grad_()
-            made[f"{layer}.lora_B.weight"] = torch.zeros(len(weight), RANK).requires_grad_()
+            made[f"{layer}.lora_B.weight"] = torch.zeros(len(weight), self.teacher.rank).requires_grad_()
         return made
 
     def merged(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,39 +152,36 @@ class Model:
             for layer, weight in self.base.items()
         }
 
-    def _answer(self, weights: Mapping[str, Tensor], latents: Tensor, times: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        named = {
-            "encoder_hidden_states": text,
-            "timestep": times,
-            "encoder_attention_mask": mask,
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-            "return_dict": False,
-        }
+    def _answer(self, weights: Mapping[str, Tensor], latents: Tensor, times: Tensor, *told: Tensor) -> Tensor:
+        named = {**self.teacher.arguments(times, *told), "return_dict": False}
         answer: Tensor = functional_call(self.network, dict(weights), (latents,), named)[0]
         return answer
 
     def denoiser(self, weights: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-        def call(latents: Tensor, timesteps: Tensor, conditions: tuple[Tensor, Tensor]) -> Tensor:
+        def call(latents: Tensor, timesteps: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
                 answer: Tensor = self.compiled(weights, latents.float(), timesteps, *conditions)
                 return answer
 
         return call
 
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Of clean latents, about 0 to 1; gradients flow."""
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.pipe.vae.decode(x0 / self.scale).sample
+        return out.float() / 2 + 0.5
+
     @torch.no_grad()
     def drawn(self, factors: Mapping[str, Tensor], captions: Sequence[Caption], steps: int) -> Tensor:
         """Pictures [N, 3, 64, 64], a noise of its own for each, all noise anew at each step."""
         student, pictures = self.denoiser(self.merged(factors)), []
-        text, mask = self.encoded([str(caption) for caption in captions])
+        rows = self.encoded([str(caption) for caption in captions])
         for at in range(0, len(captions), BATCH):
-            told = text[at : at + BATCH], mask[at : at + BATCH]
-            rows = len(told[0])
-            noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(at + i)) for i in range(rows)])
+            told = tuple(row[at : at + BATCH] for row in rows)
+            noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(at + i)) for i in range(len(told[0]))])
             generator = torch.Generator().manual_seed(10_000 + at)
             x0 = rollout(student, noise, told, self.grid, nodes(steps), generator).x0
-            with torch.autocast("cpu", torch.bfloat16):
-                out = self.pipe.vae.decode(x0 / self.scale).sample
-            pictures.append((out.float() / 2 + 0.5).clamp(0, 1))
+            pictures.append(self.pictures(x0).clamp(0, 1))
         return torch.cat(pictures)
 
     def check(self, factors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -144,33 +203,35 @@ def fill_pool(args: argparse.Namespace) -> None:
     path = args.work / "pool.pt"
     if path.exists():
         return
-    model, generator = Model(), torch.Generator().manual_seed(77)
-    rows: list[list[Tensor]] = [[], [], []]
+    model, generator = Model(args.model), torch.Generator().manual_seed(POOL_SEED)
+    parts: list[tuple[Tensor, ...]] = []
     with shared.progress() as bar, torch.no_grad():
         task = bar.add_task("pool", total=SCENES, note="")
         for _ in range(0, SCENES, CHUNK):
             scenes = world.sample_scenes(CHUNK, generator)
             with torch.autocast("cpu", torch.bfloat16):
                 latents = model.pipe.vae.encode(world.render(scenes) * 2 - 1).latent_dist.mode().float() * model.scale
-            for row, value in zip(rows, (latents, *model.encoded([str(caption) for caption in scenes.captions()])), strict=True):
-                row.append(value)
+            parts.append((latents, *model.encoded([str(caption) for caption in scenes.captions()])))
             bar.update(task, advance=CHUNK)
     scratch = path.with_suffix(".partial")
-    torch.save([torch.cat(row) for row in rows], scratch)
+    torch.save([torch.cat(column) for column in zip(*parts, strict=True)], scratch)
     scratch.replace(path)
 
 
 class Pool:
-    """Latents and features of the scenes; a batch depends on its generator alone."""
+    """Latents of the scenes and what the denoiser is told of them; a batch depends on its generator alone."""
 
     def __init__(self, work: Path, model: Model) -> None:
-        self.latents, self.text, self.mask = torch.load(work / "pool.pt")
+        self.latents, *self.told = torch.load(work / "pool.pt")
+        generator = torch.Generator().manual_seed(POOL_SEED)
+        self.captions = [str(caption) for _ in range(0, SCENES, CHUNK) for caption in world.sample_scenes(CHUNK, generator).captions()]
         self.empty = tuple(row.expand(BATCH, *row.shape[1:]) for row in model.empty)
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditions]:
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Conditions, list[str]]:
         index = torch.randint(len(self.latents), (BATCH,), generator=generator)
         noise = torch.randn(BATCH, *self.latents.shape[1:], generator=generator)
-        return self.latents[index], noise, Conditions((self.text[index], self.mask[index]), self.empty)
+        captions = [self.captions[i] for i in index.tolist()]
+        return self.latents[index], noise, Conditions(tuple(row[index] for row in self.told), self.empty), captions
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -207,9 +268,9 @@ class Trained:
         self.average = state["average"]
 
 
-def share_of(step: int, steps: int, warmup: int = 30) -> float:
-    """Of the rate: rising, constant, falling to zero."""
-    return min(1.0, (step + 1) / warmup) * min(1.0, (steps - step) / (FALLING * steps))
+def share_of(step: int, steps: int, falling: float = FALLING, warmup: int = 30) -> float:
+    """Of the rate: rising, constant, falling to zero over a share of the steps."""
+    return min(1.0, (step + 1) / warmup) * (min(1.0, (steps - step) / (falling * steps)) if falling else 1.0)
 
 
 def averaging(step: int, keep: float) -> float:
@@ -233,8 +294,8 @@ def train_segments(args: argparse.Namespace) -> None:
     state = torch.load(path) if path.exists() else None
     if state is not None and state["step"] == total:
         return
-    model = Model()
-    pool, method = Pool(args.work, model), TrajectoryConsistency(tuple(SEGMENTS), (GUIDANCE, GUIDANCE))
+    model = Model(args.model)
+    pool, method = Pool(args.work, model), TrajectoryConsistency(tuple(SEGMENTS), model.guidance)
     student = Trained(model.new_factors(0), RATE, (0.9, 0.98))
     start = 0
     if state is not None:
@@ -247,7 +308,7 @@ def train_segments(args: argparse.Namespace) -> None:
         task = bar.add_task("segments", total=total, completed=start, note="")
         for step in range(start, total):
             generator = torch.Generator().manual_seed(1_000 + step)
-            x0, noise, conditions = pool.batch(generator)
+            x0, noise, conditions, _ = pool.batch(generator)
             weights = model.merged(student.factors)
             target = model.denoiser({name: weight.detach() for name, weight in weights.items()})
             given = Task(model.denoiser(weights), teacher, x0, noise, conditions, model.grid, generator, target)
@@ -270,53 +331,89 @@ def train_segments(args: argparse.Namespace) -> None:
                 raise SystemExit(f"{args.minutes:g} minutes are over after {done} of {total} steps: give the same command again to go on")
 
 
-def train_match(args: argparse.Namespace) -> None:
-    """Distribution matching, from the averaged student of the stage before."""
-    path = args.work / "match.pt"
-    state = torch.load(path) if path.exists() else None
-    if state is not None and state["step"] == MATCHES:
-        return
-    model = Model()
-    pool, method = Pool(args.work, model), DistributionMatching((GUIDANCE, GUIDANCE), updates=2)
-    begun = torch.load(args.work / "segments.pt")["student"]["average"]
-    student = Trained({name: factor.clone().requires_grad_() for name, factor in begun.items()}, MATCH_RATE, (0.0, 0.99))
-    score = Trained(model.new_factors(1), SCORE_RATE, (0.0, 0.99))
-    start = -WARMUP
-    if state is not None:
-        student.load(state["student"])
-        score.load(state["score"])
-        start = state["step"]
-    teacher, began = model.denoiser(model.plain), time.monotonic()
-    with shared.progress() as bar:
-        task = bar.add_task("match", total=MATCHES, completed=max(0, start), note="")
-        for step in range(start, MATCHES):
-            generator, rng = torch.Generator().manual_seed(8_200_000 + step), random.Random(step)
-            _, noise, conditions = pool.batch(generator)
-            count = rng.choices(COUNTS, SHARES)[0]
-            walked = nodes(count)[: rng.randint(1, count)]
-            weights = model.merged(student.factors)
-            made = rollout(model.denoiser(weights), noise, conditions.told, model.grid, walked, generator).x0
-            if step >= 0:  # before, the score learns what the student makes
-                fake = model.denoiser({name: weight.detach() for name, weight in model.merged(score.factors).items()})
-                loss = method.student_loss(made, fake, teacher, conditions, model.scores, generator)
-                loss.backward()
-                student.step(share_of(step, MATCHES, 20), averaging(step, MATCH_AVERAGE))
-            for _ in range(method.updates):
-                off = method.score_loss(made.detach(), model.denoiser(model.merged(score.factors)), conditions, model.scores, generator)
-                off.backward()
-                score.step(1.0, AVERAGE)
-            done = step + 1
-            if step < 0:
-                continue
-            bar.update(task, advance=1, note=f"loss {loss.item():.3f}, score {off.item():.4f}")
-            if done % 25 == 0 or done == MATCHES or args.clock.over:
-                shared.save(path, student=student.state(), score=score.state(), step=done)
-                row = {"loss": loss.item(), "score": off.item(), "seconds": (time.monotonic() - began) / (done - start)}
-                shared.log(args.work, stage="match", step=done, **row)
-            if done % 100 == 0 or done == MATCHES:
-                shared.log(args.work, stage="match", step=done, correct=model.check(student.average))
-            if args.clock.over:
-                raise SystemExit(f"{args.minutes:g} minutes are over after {done} of {MATCHES} steps: give the same command again to go on")
+@dataclass(frozen=True)
+class Matching:
+    """A stage of distribution matching.
+
+    Attributes:
+        name, before: Of the stage, and of the one whose student it goes on with.
+        steps, rate: Of the optimiser.
+        shares: How often the student is matched in 1, 2, 4 and 8 steps.
+        falling: Share of the steps over which the rate falls to zero.
+        feedback: Weight of the proxy verifier's gradient beside the scores'.
+        seed: Of the batches.
+    """
+
+    name: str
+    before: str
+    steps: int
+    rate: float
+    shares: tuple[float, float, float, float]
+    falling: float
+    feedback: float
+    seed: int
+
+    def __call__(self, args: argparse.Namespace) -> None:
+        """Trains it."""
+        path = args.work / f"{self.name}.pt"
+        state = torch.load(path) if path.exists() else None
+        if state is not None and state["step"] == self.steps:
+            return
+        model = Model(args.model)
+        pool, method = Pool(args.work, model), DistributionMatching(model.guidance, updates=2)
+        feedback, proxy = RewardFeedback(CEILING, self.feedback or 1.0), load_proxy().requires_grad_(False)
+        begun = torch.load(args.work / f"{self.before}.pt")
+        first = "score" not in begun
+        factors = begun["student"]["average" if first else "factors"]
+        student = Trained({name: factor.clone().requires_grad_() for name, factor in factors.items()}, self.rate, (0.0, 0.99))
+        score = Trained(model.new_factors(1), SCORE_RATE, (0.0, 0.99))
+        if state is not None or not first:
+            student.load((state or begun)["student"])
+            score.load((state or begun)["score"])
+        start = state["step"] if state is not None else -WARMUP if first else 0
+        teacher, began = model.denoiser(model.plain), time.monotonic()
+        with shared.progress() as bar:
+            task = bar.add_task(self.name, total=self.steps, completed=max(0, start), note="")
+            for step in range(start, self.steps):
+                generator, rng = torch.Generator().manual_seed(self.seed + step), random.Random(step)
+                _, noise, conditions, captions = pool.batch(generator)
+                count = rng.choices(COUNTS, self.shares)[0]
+                walked = nodes(count)[: rng.randint(1, count)]
+                weights = model.merged(student.factors)
+                made = rollout(model.denoiser(weights), noise, conditions.told, model.grid, walked, generator).x0
+                if step >= 0:  # before, the score learns what the student makes
+                    fake = model.denoiser({name: weight.detach() for name, weight in model.merged(score.factors).items()})
+                    loss = method.student_loss(made, fake, teacher, conditions, model.scores, generator)
+                    if self.feedback:
+                        loss = loss + feedback.loss(made, model.pictures, proxy, captions)
+                    loss.backward()
+                    student.step(share_of(step, self.steps, self.falling, MATCH_WARMUP), averaging(step, MATCH_AVERAGE))
+                for _ in range(method.updates):
+                    off = method.score_loss(made.detach(), model.denoiser(model.merged(score.factors)), conditions, model.scores, generator)
+                    off.backward()
+                    score.step(1.0, AVERAGE)
+                done = step + 1
+                if step < 0:
+                    continue
+                bar.update(task, advance=1, note=f"loss {loss.item():.3f}, score {off.item():.4f}")
+                if done % 25 == 0 or done == self.steps or args.clock.over:
+                    shared.save(path, student=student.state(), score=score.state(), step=done)
+                    row = {"loss": loss.item(), "score": off.item(), "seconds": (time.monotonic() - began) / (done - start)}
+                    shared.log(args.work, stage=self.name, step=done, **row)
+                if done % 100 == 0 or done == self.steps:
+                    shared.log(args.work, stage=self.name, step=done, correct=model.check(student.average))
+                if args.clock.over:
+                    over = f"{args.minutes:g} minutes are over after {done} of {self.steps} steps"
+                    raise SystemExit(f"{over}: give the same command again to go on")
+
+
+MATCHING = (
+    Matching("match", "segments", 300, 5e-4, (0.45, 0.25, 0.2, 0.1), 0.0, 0.0, 8_200_000),
+    # Wrong hues and soft outlines are what is left in one step, and what a verifier sees at once.
+    Matching("feedback", "match", 500, 7e-4, (0.6, 0.2, 0.1, 0.1), 0.4, 0.005, 9_000_000),
+    Matching("single", "feedback", 200, 4e-4, (0.75, 0.15, 0.05, 0.05), 1.0, 0.005, 9_500_000),
+)
+STAGES = ("segments", *(matching.name for matching in MATCHING))
 
 
 # ---------------------------------------------------------------------------------------------------------------- export
@@ -328,24 +425,32 @@ def pictures_of(pipe: Any, captions: Sequence[Caption], **call: Any) -> Tensor:
     for at in range(0, len(captions), BATCH):
         part = [str(caption) for caption in captions[at : at + BATCH]]
         generators = [torch.Generator().manual_seed(at + i) for i in range(len(part))]
+        if isinstance(pipe.scheduler, GammaScheduler):
+            pipe.scheduler.generator = generators  # pipelines of flows hand none to its steps
         with torch.autocast("cpu", torch.bfloat16):
             made.append(pipe(part, generator=generators, output_type="pt", **call).images.float())
     return torch.cat(made)
 
 
+def lora_of(teacher: Shapes | ShapesFlow, pipe: Any, factors: Mapping[str, Tensor]) -> StepLoRA:
+    """The factors with what the pipeline must know to draw with them."""
+    grid = teacher.grid(pipe)
+    timesteps = {count: few_steps(grid, count) for count in COUNTS}
+    guidance = (teacher.guidance, teacher.guidance)
+    methods = "TrajectoryConsistency, DistributionMatching, RewardFeedback"
+    return StepLoRA("transformer", factors, facts_of(pipe.transformer, teacher.rank, methods, guidance, timesteps, 1.0))
+
+
 def export(args: argparse.Namespace) -> None:
     """Saves the LoRA of the newest checkpoint in bf16, and scores what was saved."""
-    newest = next(path for name in ("match.pt", "segments.pt") if (path := args.work / name).exists())
+    newest = next(path for name in reversed(STAGES) if (path := args.work / f"{name}.pt").exists())
     state = torch.load(newest)
-    pipe = load("shapes")
+    teacher, pipe = TEACHERS[args.model], load(args.model)
     pipe.set_progress_bar_config(disable=True)
-    grid = Grid.variance_preserving(pipe.scheduler.alphas_cumprod, GRID, "epsilon", TOP)
-    timesteps = {count: few_steps(grid, count) for count in COUNTS}
-    facts = facts_of(pipe.transformer, RANK, "TrajectoryConsistency, DistributionMatching", (GUIDANCE, GUIDANCE), timesteps, 1.0)
     captions = world.sample_scenes(args.samples, torch.Generator().manual_seed(6_000_000), placed=False).captions()
-    call = {**call_defaults(path_of("shapes")), "use_resolution_binning": False, "clean_caption": False}
-    with shared.replacing(ZOO / "shapes-steps") as scratch:
-        saved = StepLoRA("transformer", state["student"]["average"], facts).save(scratch, torch.bfloat16)
+    call = {**call_defaults(path_of(args.model)), **teacher.call}
+    with shared.replacing(ZOO / f"{args.model}-steps") as scratch:
+        saved = lora_of(teacher, pipe, state["student"]["average"]).save(scratch, torch.bfloat16)
         lora = StepLoRA.load(saved)
         results: dict[str, Any] = {"captions": args.samples, "stage": newest.stem, "step": state["step"], "git": git_hash(), "correct": {}}
         results["bytes"] = saved.stat().st_size
@@ -355,22 +460,23 @@ def export(args: argparse.Namespace) -> None:
                 drawn = pictures_of(pipe, captions, **{**call, **few})
             results["correct"][str(count)] = verify(drawn, captions).correct.float().mean().item()
             print(count, results["correct"][str(count)], flush=True)
-        shared.describe(scratch, args.work, results, card(results))
+        shared.describe(scratch, args.work, results, card(args.model, results))
 
 
-CARD = """# shapes-steps
+CARD = """# {model}-steps
 
-A LoRA of {kilobytes} kB that lets the `shapes` model draw in 1, 2, 4 or 8 steps, trained by `recipes/shapes_steps.py`: trajectory-segmented
-consistency (Hyper-SD, arXiv 2404.13686), then distribution matching (DMD2, arXiv 2405.14867). Guidance {guidance:g} is folded in.
+A LoRA of {kilobytes} kB that lets the `{model}` model draw in 1, 2, 4 or 8 steps, trained by `recipes/shapes_steps.py --model {model}`:
+trajectory-segmented consistency (Hyper-SD, arXiv 2404.13686), then distribution matching (DMD2, arXiv 2405.14867), at the end with the
+gradient of `shapes-proxy` as feedback. Guidance {guidance:g} is folded in.
 
 ```python
 from hasten.pipelines.step_lora import StepLoRA
 from hasten.pipelines.zoo.loading import load
 
-pipe = load("shapes")
-lora = StepLoRA.load("pipelines/zoo/weights/shapes-steps")
+pipe = load("{model}")
+lora = StepLoRA.load("pipelines/zoo/weights/{model}-steps")
 with lora.applied(pipe, 4) as call:
-    image = pipe("a small red circle left of a blue square", use_resolution_binning=False, **call).images[0]
+    image = pipe("a small red circle left of a blue square", {shown}, **call).images[0]
 ```
 
 Fully correct pictures of {captions} captions that training never saw, under bf16 autocast, judged by `hasten.pipelines.zoo.shapes.verify`:
@@ -383,12 +489,14 @@ The training log is `training_log.jsonl`; the figures are in `results.json`. Git
 """
 
 
-def card(results: Mapping[str, Any]) -> str:
+def card(model: str, results: Mapping[str, Any]) -> str:
     """The model card; every figure in it was measured by `export` on the saved weights."""
     shares = {name: f"{100 * results['correct'][str(n)]:.1f}%" for name, n in (("one", 1), ("two", 2), ("four", 4), ("eight", 8))}
     return CARD.format(
+        model=model,
+        shown=TEACHERS[model].shown,
         kilobytes=results["bytes"] // 1000,
-        guidance=GUIDANCE,
+        guidance=TEACHERS[model].guidance,
         captions=results["captions"],
         teacher=f"{100 * results['teacher']:.1f}%",
         git=results["git"],
@@ -399,13 +507,15 @@ def card(results: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/shapes-steps"), help="folder of checkpoints (default: %(default)s)")
+    parser.add_argument("--model", choices=TEACHERS, default="shapes", help="of the zoo (default: %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints (default: runs/MODEL-steps)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="ends training after so many (default: when it is done)")
     parser.add_argument("--samples", type=int, default=512, help="captions that the export is scored on (default: %(default)s)")
     known, _ = parser.parse_known_args()
-    parser.set_defaults(clock=Clock(known.minutes))
-    stages = {"pool": fill_pool, "segments": train_segments, "match": train_match, "export": export}
-    shared.run_stages(parser, stages, [known.work])
+    work = known.work or Path("runs") / f"{known.model}-steps"
+    parser.set_defaults(clock=Clock(known.minutes), work=work)
+    stages = {"pool": fill_pool, "segments": train_segments, **{matching.name: matching for matching in MATCHING}, "export": export}
+    shared.run_stages(parser, stages, [work])
 
 
 if __name__ == "__main__":
