@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,17 @@ QUICK: dict[str, Any] = {
 class Bench:
     """The shipped model, its step LoRA, and how both are called."""
 
+    dtype: torch.dtype = torch.bfloat16
+
     def __post_init__(self) -> None:
-        self.pipe: Any = load("shapes", torch.bfloat16)
+        self.pipe: Any = load("shapes", self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
-        self.lora = StepLoRA.load(step_loras()["shapes-steps"])
         self.call = {**call_defaults(path_of("shapes")), "use_resolution_binning": False, "clean_caption": False}
+
+    @cached_property
+    def lora(self) -> StepLoRA:
+        """What ships."""
+        return StepLoRA.load(step_loras()["shapes-steps"])
 
     @staticmethod
     def captions(count: int, seed: int = SEED, objects: int | None = None) -> list[Caption]:
@@ -250,17 +257,14 @@ def preference_rows(bench: Bench, steps: int, judged: int, note: Note) -> list[d
 def solver_rows(bench: Bench, reference: int, solved: int, note: Note) -> list[dict[str, Any]]:
     """Solvers by steps: their error against a run of a thousand steps, and their accuracy."""
     texts, tick = bench.captions(solved, SEED + 5), note("solvers", 1 + len(SOLVED) * len(SOLVERS))
-    bench.pipe.to(torch.float32)  # what bfloat16 rounds away is as large as what is measured
-    try:
-        exact = bench.solved(texts[:reference], "DDIM", REFERENCE, output_type="latent")
-        tick()
-        found: dict[tuple[str, int], list[float]] = {}
-        for steps in SOLVED:
-            for solver in SOLVERS:
-                latents = bench.solved(texts[:reference], solver, steps, output_type="latent")
-                found[solver, steps] = ((latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
-    finally:
-        bench.pipe.to(torch.bfloat16)
+    precise = Bench(torch.float32)  # what bfloat16 rounds away is as large as what is measured
+    exact = precise.solved(texts[:reference], "DDIM", REFERENCE, output_type="latent")
+    tick()
+    found: dict[tuple[str, int], list[float]] = {}
+    for steps in SOLVED:
+        for solver in SOLVERS:
+            latents = precise.solved(texts[:reference], solver, steps, output_type="latent")
+            found[solver, steps] = ((latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).tolist()
     rows = []
     for steps in SOLVED:
         for solver in SOLVERS:
@@ -350,13 +354,13 @@ def execute(
     sizes = {"captions": captions, "trained": trained, "judged": judged, "tuned": tuned, "reference": reference, "solved": solved}
     results = Results(NAME, False, settings={**sizes, "triples": triples, "rounds": rounds})
     bench = Bench()
+    results.settings["solvers"] = solver_rows(bench, reference, solved, note)
+    results.settings["trained_rows"] = trained_rows(bench, trained, judged, note)
     results.settings["lora"] = {"method": bench.lora.facts["method"], "rank": bench.lora.rank}
     results.rows = student_rows(bench, captions, note)
     results.settings["combined"] = combined_rows(bench, triples, note)
     results.settings["cached"] = cached_rows(bench, 2 * judged, rounds, note)
-    results.settings["solvers"] = solver_rows(bench, reference, solved, note)
     results.settings["preference"] = preference_rows(bench, tuned, judged, note)
-    results.settings["trained_rows"] = trained_rows(bench, trained, judged, note)
     results.bars = bars_of(results)
     return results
 

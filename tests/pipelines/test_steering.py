@@ -45,6 +45,7 @@ VP: dict[str, Callable[[], Any]] = {
     "tcd": lambda: diffusers.TCDScheduler(),
     "deis": lambda: diffusers.DEISMultistepScheduler(),
     "pndm": lambda: diffusers.PNDMScheduler(skip_prk_steps=True),
+    "gamma": lambda: hasten.GammaScheduler(gamma=1.0),
 }
 FLOW: dict[str, Callable[[], Any]] = {
     "flow euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -244,7 +245,7 @@ def test_the_noise_of_a_particle_does_not_depend_on_their_number(family: str, ke
     assert not torch.allclose(many[0], many[1])
 
 
-@pytest.mark.parametrize("name", ["ddpm", "dpm++2m sde", "euler a", "lcm", "tcd"])
+@pytest.mark.parametrize("name", ["ddpm", "dpm++2m sde", "euler a", "lcm", "tcd", "gamma"])
 def test_a_scheduler_that_draws_noise_draws_it_for_every_particle_alone(name: str) -> None:
     pipe, call = made("sd", name)
     del call["latents"]
