@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs: each sets up .venv first when it is missing or out of date.
 
 PYTHON ?= python3
-EXTRAS ?= dev,train
+EXTRAS ?= dev,train,demo,batch,ray,serve
 SUBPACKAGES := accelerators pipelines kernels app benchmarks
 
 BIN := .venv/bin

@@ -6,6 +6,7 @@ torch and diffusers are imported by the commands that need them, after everythin
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 
 from hasten._version import __version__
 from hasten.app import errors
+from hasten.app.batch_cli import batch
 from hasten.app.options import (
     CACHING,
     DECODING,
@@ -49,6 +51,7 @@ from hasten.app.options import (
     SizeOption,
     SkipOption,
     SteerOption,
+    StepLoRAOption,
     StepsOption,
     ThresholdOption,
     VersusFlag,
@@ -69,7 +72,9 @@ BENCHMARKS = {
     "caching-compiled": "compiled",
     "decoding": "decoding",
     "steering": "steering",
+    "distillation": "distillation",
     "kernels": "kernels",
+    "batch": "batch",
 }
 """Their modules in `hasten.benchmarks`."""
 
@@ -180,6 +185,7 @@ def generate(
     versus: VersusFlag = False,
     report: ReportOption = None,
     plots: PlotsOption = None,
+    step_lora: StepLoRAOption = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -206,6 +212,7 @@ def generate(
     hasten generate "a cat" -m PixArt-alpha/PixArt-XL-2-512x512 --steps 20
     hasten generate "a small red circle" --save-plan plan.safetensors
     hasten generate "a large green cross" --plan plan.safetensors
+    hasten generate "a large green cross" --step-lora shapes-steps --steps 4
     hasten generate "a red circle above a blue square" --steer fk --particles 4
     hasten generate "a red circle above a blue square" --search zero-order --rounds 4 --versus
     hasten generate "a cat" -m ./my-pipeline --steer best-of-n --reward hps:5,clip:0.01
@@ -223,8 +230,10 @@ def generate(
     wanted = work.gather_captions(captions or [], captions_file)
     options = Options(
         model, method, interval, cached, boundary, preset, plan, steps, guidance, seed, parse_size(size), batch, dtype, device,
-        threshold, skip_guidance,
+        threshold, skip_guidance, step_lora,
     )  # fmt: skip
+    if compare and step_lora is not None:
+        raise errors.BadInput("--compare draws with fewer steps too, which a step LoRA is not for: give one of them")
     steering = Steering(
         steer, search, reward, rank, particles, rounds, settings or (), kernel, budget or (), micro_batch, select, versus, report, plots
     )
@@ -553,6 +562,171 @@ def text(
     _finish(answer(options, prompts or [], trace), json)
 
 
+app.command()(batch)
+
+
+@app.command()
+def distill(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; see --example.", show_default=False)] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a file to begin with, every entry explained.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load the model, train nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--no-resume", help="Refuse to go on from a checkpoint in the output folder.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Train a LoRA with which a pipeline draws in 1 to 8 steps.
+
+    The pipeline teaches itself: from pictures with captions, or from prompts alone. Stop it at any time; the same command goes on.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten distill --example > steps.yaml
+    hasten distill steps.yaml
+    accelerate launch --num_processes 2 -m hasten distill steps.yaml
+    hasten generate "a small red circle" --step-lora runs/steps --steps 4
+    """
+    from hasten.app import distill as work
+
+    if example:
+        print(work.EXAMPLE, end="")
+        return
+    if config is None:
+        raise errors.BadInput("CONFIG is missing: a YAML file; --example prints one to begin with")
+    _finish(work.distill(config, resume=not fresh, dry_run=dry_run), json)
+
+
+_serving = partial(typer.Option, rich_help_panel="Serving")
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="For pictures: shapes, shapes-flow, shapes-unet, a diffusers folder, a hub id, or none."
+        ),
+    ] = "shapes",
+    text_model: Annotated[
+        str, typer.Option("--text-model", metavar="MODEL", help="For text: puzzles, a folder of transformers, a hub id, or none.")
+    ] = "puzzles",
+    host: Annotated[str, _serving("--host", metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, _serving("--port", metavar="N", help="0 takes a free one and prints it.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        _serving(
+            "--api-key", metavar="KEY", help="What clients must show. Default: the variable HASTEN_API_KEY, which `ps` does not list."
+        ),
+    ] = None,
+    queue: Annotated[int, _serving("--queue", metavar="N", help="Pictures or answers that may wait; then clients get status 429.")] = 64,
+    max_batch: Annotated[int, _serving("--max-batch", metavar="N", help="Pictures or answers done together.")] = 8,
+    max_wait_ms: Annotated[
+        float, _serving("--max-wait-ms", metavar="MS", help="How long one waits for others to come along, in milliseconds.")
+    ] = 20.0,
+    timeout: Annotated[
+        float | None, _serving("--timeout", metavar="S", help="Seconds for a request, its waiting included. Default: no limit.")
+    ] = None,
+    max_body: Annotated[int, _serving("--max-body", metavar="BYTES", help="Of a request.")] = 1 << 20,
+    max_steps: Annotated[int, _serving("--max-steps", metavar="N", help="Denoising steps that a client may ask for.")] = 250,
+    max_pixels: Annotated[
+        int | None, _serving("--max-pixels", metavar="N", help="Width times height. Default: four times the model's own.")
+    ] = None,
+    drain_seconds: Annotated[
+        float, _serving("--drain-seconds", metavar="S", help="After SIGTERM, for what is running and waiting, at most.")
+    ] = 30.0,
+    method: MethodOption = None,
+    interval: IntervalOption = None,
+    threshold: ThresholdOption = None,
+    skip_guidance: SkipOption = None,
+    cached: CachedOption = None,
+    boundary: BoundaryOption = None,
+    preset: PresetOption = None,
+    plan: PlanOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    schedule: Annotated[
+        str,
+        typer.Option("--schedule", metavar="NAME", help="Of the text model, as for `hasten text`; not freedave.", rich_help_panel=DECODING),
+    ] = "credit",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the schedule; may be repeated.", rich_help_panel=DECODING),
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option("--block-length", metavar="N", help="Default: the model's own, else 32.", rich_help_panel=DECODING)
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the text model's weights.")
+    ] = False,
+) -> None:
+    """Serve pictures and text over HTTP, in the form of OpenAI's API.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten serve
+    curl localhost:8000/v1/images/generations -H 'Content-Type: application/json' \\
+        -d '{"prompt": "a small red circle", "seed": 1}'
+    HASTEN_API_KEY=secret hasten serve --host 0.0.0.0 --max-batch 16 --timeout 60
+    hasten serve --model ./my-pipeline --text-model none --method forecast --steps 20
+
+    Requests that come close together and fit together are drawn in one call. Caching, steps and guidance are what holds where a request
+    says nothing. POST /v1/images/generations, /v1/completions, /v1/chat/completions; GET /v1/models, /health, /ready, /metrics,
+    /openapi.json. SIGTERM or Ctrl-C: what was taken on is finished, then the server ends with exit code 0. Needs hasten\\[serve].
+    """
+    from hasten.app.serving.installed import check_installed
+
+    check_installed()
+    from hasten.app.serving.server import ServeOptions
+    from hasten.app.serving.server import serve as work
+
+    given = {
+        "method": method, "interval": interval, "threshold": threshold, "skip_guidance": skip_guidance, "cached": cached,
+        "boundary": boundary, "preset": preset, "plan": str(plan) if plan is not None else None,
+    }  # fmt: skip
+    caching = {name: value for name, value in given.items() if value is not None}
+    options = ServeOptions(
+        model, text_model, host, port, api_key, queue, max_batch, max_wait_ms, timeout, max_body, drain_seconds, caching, steps, guidance,
+        max_steps, max_pixels, schedule, settings or (), block_length, dtype, device, trust_remote_code,
+    )  # fmt: skip
+    raise typer.Exit(work(options))
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="A diffusers pipeline folder or a hub id. Default: the models that ship."),
+    ] = None,
+    host: Annotated[str, _serving("--host", metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, _serving("--port", metavar="N", help="0 takes a free one and prints it. Default: the first free one from 7860 on.")
+    ] = None,
+    share: Annotated[bool, _serving("--share", help="Have Gradio make a public link, through its own servers.")] = False,
+    queue: Annotated[int, _serving("--queue", metavar="N", help="Requests that may wait; others are told that the queue is full.")] = 64,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Open a page that shows it all: compare, plan, steer, text and steps.
+
+    [bold]Examples[/bold]
+
+    \b
+    hasten demo
+    hasten demo --model ./my-pipeline --port 8080
+    hasten demo --host 0.0.0.0 --queue 16
+
+    Compare: plain beside accelerated, timed in turns, with the plan that was executed. Plan: solve for one, edit its cells, save it.
+    Steer: particles step by step, and other methods in the same time. Text: tokens as they are committed. Steps: the distilled student
+    beside its teacher; it and Text use the models that ship. Works offline and on a CPU. A link keeps the settings. Needs hasten\\[demo].
+    """
+    from hasten.app.demo.command import DemoOptions
+    from hasten.app.demo.command import demo as work
+
+    work(DemoOptions(model, host, port, share, queue, dtype, device))
+
+
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(metavar="|".join(BENCHMARKS), help="Which benchmark.")],
@@ -571,6 +745,7 @@ def bench(
     caching-cachequant: the parts of CacheQuant on a UNet. caching-compiled: caching with blocks compiled by torch.compile.
     decoding: every schedule of text diffusion, for answers and for forwards. steering: FK, halving and noise search beside best-of-N in
     equal time (about half an hour). kernels: the fused CUDA kernels on a GPU, checked, then timed beside PyTorch (ten minutes).
+    batch: hasten batch beside a plain loop of every batch size, and a thousand jobs under kill -9 (half an hour).
     """
     from importlib import import_module
 

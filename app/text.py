@@ -61,7 +61,7 @@ def answer(options: TextOptions, prompts: Sequence[str], trace: bool) -> Outcome
     if not prompts:
         raise BadInput('PROMPT is missing: say what to answer, such as "3? + ? = 91"')
     schedule = schedule_of(options.schedule, options.settings)
-    pipe = _loaded(options, schedule)
+    pipe = loaded(options, schedule)
     length = options.gen_length
     if length is None and options.model == "puzzles":
         from hasten.pipelines.zoo.puzzles import GEN_LENGTH
@@ -109,7 +109,7 @@ def schedule_of(name: str, settings: Sequence[str]) -> Schedule | FreeDave:
         raise BadInput(f"--set: {why}") from None
 
 
-def _loaded(options: TextOptions, schedule: Schedule | FreeDave) -> TextPipeline:
+def loaded(options: TextOptions, schedule: Schedule | FreeDave) -> TextPipeline:
     """The model, ready to answer.
 
     Raises:

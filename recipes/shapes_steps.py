@@ -5,6 +5,7 @@
     match     distribution matching on what the student makes in 1, 2, 4 and 8 steps
     feedback  the same, with the gradient of the proxy verifier beside it
     single    the same, mostly in one step, at a lower rate
+    last      once more, lower still
     export    one LoRA in bf16, scored on unseen captions beside its teacher, and the card
 
 One core is enough. `--minutes` ends a run early; give the same command again to go on. Checkpoints lie in runs/MODEL-steps.
@@ -412,6 +413,7 @@ MATCHING = (
     # Wrong hues and soft outlines are what is left in one step, and what a verifier sees at once.
     Matching("feedback", "match", 500, 7e-4, (0.6, 0.2, 0.1, 0.1), 0.4, 0.005, 9_000_000),
     Matching("single", "feedback", 200, 4e-4, (0.75, 0.15, 0.05, 0.05), 1.0, 0.005, 9_500_000),
+    Matching("last", "single", 150, 3e-4, (0.75, 0.15, 0.05, 0.05), 1.0, 0.005, 9_600_000),
 )
 STAGES = ("segments", *(matching.name for matching in MATCHING))
 

@@ -1,0 +1,1 @@
+"""`hasten demo`: a Gradio page that shows what the library does, each claim beside what it is measured against."""
