@@ -109,13 +109,12 @@ def cached_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def page(results: Results) -> str:
     """The results as a Markdown page."""
-    s = results.settings
+    s, lora = results.settings, results.settings["lora"]
     return bars_last(
         results,
         "Few steps, measured",
-        f"`shapes` in bfloat16 with the LoRA that ships (`shapes-steps`, {s['lora']['hash']}: {s['lora']['method']}; rank {s['lora']['rank']}), "
-        f"judged by the "
-        f"exact verifier on {s['captions']} captions that no training saw. The teacher takes 50 DDIM steps with guidance, two denoiser "
+        f"`shapes` in bfloat16 with the LoRA that ships (`shapes-steps`, {lora['hash']}: {lora['method']}; rank {lora['rank']}), judged by "
+        f"the exact verifier on {s['captions']} captions that no training saw. The teacher takes 50 DDIM steps with guidance, two denoiser "
         "rows a step; the student one row a step, its guidance folded in. Each picture has a noise of its own, the same for all variants.",
         steps_table(results.rows),
         f"![Captions in columns; the teacher, the student in 8, 4, 2 and 1 steps, and the undistilled model](../pictures/{GRID})",
