@@ -32,6 +32,7 @@ def results() -> Results:
         return distillation.execute(2, 1, 2, 1, 1, 2, 2, 1, note)
 
 
+@pytest.mark.slow
 def test_every_section_is_on_the_page_and_every_bar_is_judged(results: Results, tmp_path: Path) -> None:
     page = distillation_page.page(results)
     assert len(results.bars) == 15 and all(bar.name in page for bar in results.bars)
@@ -47,6 +48,7 @@ def test_every_section_is_on_the_page_and_every_bar_is_judged(results: Results, 
     assert [row["steps"] for row in results.rows if row["variant"] == "step LoRA"] == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
 def test_bars_follow_from_the_rows(results: Results) -> None:
     held = copy.deepcopy(results)
     rows = {(row["variant"], row["steps"]): row for row in held.rows}

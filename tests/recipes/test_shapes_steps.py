@@ -164,7 +164,7 @@ def test_the_export_of_a_flow_can_be_repeated(recipe: ModuleType) -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("stage", ["segments", "match", "feedback"])
+@pytest.mark.parametrize("stage", [pytest.param(name, marks=pytest.mark.slow) for name in ("segments", "match")] + ["feedback"])
 def test_a_stage_that_was_ended_early_ends_where_it_would_have_ended(recipe: ModuleType, whole: Path, tmp_path: Path, stage: str) -> None:
     before = {"segments": [], "match": ["segments.pt"], "feedback": ["match.pt"]}[stage]
     for name in ("pool.pt", *before):

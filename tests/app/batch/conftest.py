@@ -39,6 +39,15 @@ def hashes(out: Path) -> dict[str, str]:
     return {row["id"]: row["sha256"] for row in manifest(out)}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Children that are forked have one thread, and their number decides how sums are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def run(tiny_pipeline_folder: Path) -> Callable[..., Any]:
     """Runs `hasten batch` in this process on the tiny pipeline."""
