@@ -76,7 +76,9 @@ def failures(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    # Some readers take these three for ends of lines; within JSON they may be escaped.
+    return "".join(line.translate({ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}) + "\n" for line in lines).encode()
 
 
 def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:

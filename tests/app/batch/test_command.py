@@ -299,3 +299,11 @@ def test_workers_that_are_started_here_share_the_work_or_say_why_they_cannot(run
     assert run(source, "--out", tmp_path / "out", "--batch-size", 2, "--workers", 2).exit_code == 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert run(source, "--out", tmp_path / "none", "--workers", 2, "--device", "mps").exit_code == 2
+
+
+def test_a_prompt_with_odd_ends_of_lines_is_one_row(run: Run, tmp_path: Path) -> None:
+    prompt = "a red\x85circle\u2028or\u2029square"
+    source = write_jobs(tmp_path / "jobs.jsonl", [{"prompt": prompt, "steps": 1, "method": "none"}])
+    assert run(source, "--out", tmp_path / "out").exit_code == 0
+    (row,) = manifest(tmp_path / "out")
+    assert row["prompt"] == prompt

@@ -202,7 +202,8 @@ def test_stop_ends_the_run_and_leaves_nothing(visit: Callable[..., Visitor], ser
     before = time.monotonic()
     window.page.locator("#compare-stop").click()
     until(lambda: not running())
-    assert time.monotonic() - before < 5  # a step of this model takes a hundredth of a second where nothing else runs
+    # 200 steps and more rounds are left; the page's own delay is what is waited for on a slow machine.
+    assert time.monotonic() - before < 20
     window.page.locator(".hasten-status p.stopped:visible").wait_for()
     pipe = served.models._loaded["shapes"].pipe
     assert type(pipe.scheduler).__name__ == "DDIMScheduler" and not hasattr(type(pipe.scheduler), "_hasten_hook")
