@@ -96,9 +96,8 @@ class SchedulerLevels:
     def draws_noise(self) -> bool:
         """Whether the scheduler's own steps draw noise, as it is configured; the argument `eta` of a call may make DDIM's do so too."""
         config = self.scheduler.config
-        if self.name == "GammaScheduler":
-            return float(config.gamma) > 0
-        return self.name in DRAWING or str(config.get("algorithm_type", "")).startswith("sde-") or bool(config.get("stochastic_sampling"))
+        drawing = str(config.get("algorithm_type", "")).startswith("sde-") or bool(config.get("stochastic_sampling"))
+        return self.name in DRAWING or drawing or float(config.get("gamma") or 0) > 0
 
     def steps(self, begin: int = 0) -> int:
         """Completed steps from call `begin` of `step` to the end; the two calls of a Heun-like step are one."""

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten.accelerators.distillation.adapters import layers_of
-from hasten.accelerators.distillation.dmd import DistributionMatching, rollout
+from hasten.accelerators.distillation.dmd import DistributionMatching, few_nodes, rollout
 from hasten.accelerators.distillation.feedback import RewardFeedback
 from hasten.accelerators.distillation.grid import Conditions, Grid
 from hasten.accelerators.distillation.method import Task
@@ -181,7 +181,7 @@ class Model:
             told = tuple(row[at : at + BATCH] for row in rows)
             noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(at + i)) for i in range(len(told[0]))])
             generator = torch.Generator().manual_seed(10_000 + at)
-            x0 = rollout(student, noise, told, self.grid, nodes(steps), generator).x0
+            x0 = rollout(student, noise, told, self.grid, few_nodes(self.grid, steps), generator).x0
             pictures.append(self.pictures(x0).clamp(0, 1))
         return torch.cat(pictures)
 
@@ -189,11 +189,6 @@ class Model:
         """Share of fully correct pictures for each number of steps, on captions that no export is judged by."""
         captions = world.sample_scenes(CHECKED, torch.Generator().manual_seed(6_000_002), placed=False).captions()
         return {str(n): verify(self.drawn(factors, captions, n), captions).correct.float().mean().item() for n in COUNTS}
-
-
-def nodes(steps: int) -> list[int]:
-    """Of the grid, falling."""
-    return [GRID * k // steps for k in range(steps, 0, -1)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ pool
@@ -379,7 +374,7 @@ class Matching:
                 generator, rng = torch.Generator().manual_seed(self.seed + step), random.Random(step)
                 _, noise, conditions, captions = pool.batch(generator)
                 count = rng.choices(COUNTS, self.shares)[0]
-                walked = nodes(count)[: rng.randint(1, count)]
+                walked = few_nodes(model.grid, count)[: rng.randint(1, count)]
                 weights = model.merged(student.factors)
                 made = rollout(model.denoiser(weights), noise, conditions.told, model.grid, walked, generator).x0
                 if step >= 0:  # before, the score learns what the student makes

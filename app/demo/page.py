@@ -241,7 +241,9 @@ def build(models: Models, queue: int) -> Any:
             chosen, values, refused = read_address(tabs, dict(request.query_params))
             changed = {field: type(field)(value=value) for field, value in values.items()}
             changed[notice] = gradio.HTML("".join(markup.said(line, "failed") for line in refused), visible=bool(refused))
-            return changed | {bar: gradio.Tabs(selected=chosen) if chosen is not None else gradio.skip()}
+            if chosen is not None:
+                changed[bar] = gradio.Tabs(selected=chosen)
+            return changed
 
         page.load(arrive, None, [bar, notice, *fields], queue=False, api_visibility="private", show_progress="hidden")
     page.queue(max_size=queue, api_open=False, default_concurrency_limit=4)

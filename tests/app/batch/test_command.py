@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_pictures_rows_and_settings_say_the_same(run: Run, tmp_path: Path) -> No
 
 
 def test_the_manifest_in_parquet_is_the_one_in_lines(run: Run, tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet: Any = import_module("pyarrow.parquet")
     words = (write_jobs(tmp_path / "jobs.jsonl", jobs_of(3, steps=1, method="none")), "--out", tmp_path / "out", "--batch-size", 2)
     assert run(*words).exit_code == 0
     lines = manifest(tmp_path / "out")

@@ -43,7 +43,8 @@ def test_the_class_draws_columns(tiny_pipeline_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_local_cluster_draws_what_one_process_draws_and_goes_on(run: Run, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray")
+    import ray
+
     rows = [*jobs_of(5, steps=2, method="none"), {"prompt": "a red circle", "id": "odd", "size": "33x64", "steps": 1, "method": "none"}]
     source = write_jobs(tmp_path / "jobs.jsonl", rows)
     assert run(source, "--out", tmp_path / "local", "--batch-size", 2).exit_code == 1

@@ -115,7 +115,6 @@ def test_empty_and_missing_files_and_bad_defaults_are_refused_at_once(tmp_path: 
 
 
 def test_defaults_are_yaml(tmp_path: Path) -> None:
-    pytest.importorskip("yaml")
     path = tmp_path / "defaults.yaml"
     path.write_text("steps: 4\nset: {lambda: 3}\n")
     assert read_defaults(path) == {"steps": 4, "set": {"lambda": 3}}
