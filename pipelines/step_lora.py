@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hasten.accelerators.caching.trace import config_hash, weight_facts
-from hasten.accelerators.distillation.adapters import Adapters
+from hasten.accelerators.distillation.adapters import carried
 from hasten.accelerators.distillation.dmd import few_nodes
 from hasten.accelerators.distillation.grid import Grid
 from hasten.pipelines.particle_rows import default
@@ -218,15 +218,13 @@ class StepLoRA:
         """
         network = self.check(pipe, allow_mismatch)
         call, scheduler = self.call(pipe, steps, guidance_scale), self.scheduler(pipe, steps, gamma)
-        adapters = Adapters(network, self.layers, self.rank, name="hasten_steps")
         before = pipe.scheduler
-        try:
-            adapters.load(self.factors)
-            pipe.scheduler = scheduler
-            yield call
-        finally:
-            pipe.scheduler = before
-            adapters.remove()
+        with carried(network, self.factors, "hasten_steps"):
+            try:
+                pipe.scheduler = scheduler
+                yield call
+            finally:
+                pipe.scheduler = before
 
 
 def facts_of(

@@ -198,6 +198,64 @@ class Adapters:
             parameter.requires_grad_(needed)
 
 
+@contextmanager
+def carried(denoiser: nn.Module, factors: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Within the block the denoiser has adapters that are not trained; after it its weights are bit for bit as before.
+
+    They are added to the weights where all adapted layers are plain linears: then a call costs no more than without them. Where some are
+    quantised, have other adapters or are kept off the device between calls, they run beside the layers.
+
+    Args:
+        denoiser: Changed in place for the block.
+        factors: By the names of `Adapters.factors`, of scale 1.
+        name: Of the adapters, where they run beside the layers.
+
+    Raises:
+        ValueError: They do not fit the denoiser, or it has an adapter of that name already.
+    """
+    layers = list(dict.fromkeys(factor.rsplit(".", 2)[0] for factor in factors))
+    present = dict(denoiser.named_modules())
+    if missing := [layer for layer in layers if layer not in present]:
+        raise ValueError(f"these adapters do not fit the denoiser: it has no {missing[0]}, and {len(missing) - 1} more are missing")
+    linears: dict[str, Any] = {layer: present[layer] for layer in layers}
+    if any(map(_moved, present.values())) or not all(map(_plain, linears.values())):
+        adapters = Adapters(denoiser, layers, len(next(iter(factors.values()))), name)
+        try:
+            adapters.load(factors)
+            yield
+        finally:
+            adapters.remove()
+        return
+    changes = {layer: _change(layer, linear.weight.data, factors) for layer, linear in linears.items()}
+    before = {layer: linear.weight.data.clone() for layer, linear in linears.items()}
+    try:
+        for layer, linear in linears.items():  # in place: captured graphs read the same memory
+            linear.weight.data.copy_(linear.weight.data + changes.pop(layer))
+        yield
+    finally:
+        for layer, linear in linears.items():
+            linear.weight.data.copy_(before[layer])
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is a linear that computes with its weight as it lies there."""
+    return type(module) is nn.Linear and module.weight.element_size() > 1 and module.weight.is_floating_point() and not module.weight.is_meta
+
+
+def _moved(module: nn.Module) -> bool:
+    """Whether a module's weights come from a copy of them at every call."""
+    return "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())
+
+
+def _change(layer: str, weight: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+    """Of the weight of a layer, in float32 at least."""
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    first, second = (factors[f"{layer}.lora_{side}.weight"].to(weight.device, kind) for side in "AB")
+    if (shape := (second.shape[0], first.shape[1])) != weight.shape or first.shape[0] != second.shape[1]:
+        raise ValueError(f"these adapters do not fit the denoiser: {layer} takes {tuple(weight.shape)}, not {tuple(shape)}")
+    return second @ first
+
+
 def _peft() -> Any:
     try:
         import peft

@@ -26,7 +26,7 @@ class TrajectoryConsistency:
     """One unified LoRA for as many steps as there were segments in any stage.
 
     Attributes:
-        segments: Of each stage; the paper's are 8, 4, 2, 1.
+        segments: Of each stage; the paper's are 8, 4, 2, 1. Stages are equally long: 4, 2, 1, 1 gives half of all steps to the last.
         guidance: Lowest and highest guidance scale, drawn for each row; 3 to 3 folds in one.
         landing: "any" is the paper's. A denoiser is not told where it shall land, so that "start" is the sharper aim.
         huber: Width of a pseudo-Huber distance; None is the paper's mean squared error.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.accelerators.distillation.adapters import Adapters, LoRA, layers_of
+from hasten.accelerators.distillation.adapters import Adapters, LoRA, carried, layers_of
 
 
 class Block(nn.Module):
@@ -168,3 +170,76 @@ def test_settings_are_checked() -> None:
         LoRA(rank=0)
     with pytest.raises(ValueError, match="targets must be names of layers"):
         LoRA(targets="to_q")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ carried by the weights
+
+
+@pytest.fixture
+def factors(network: Network) -> dict[str, Tensor]:
+    adapters = Adapters(network, layers_of(network), 3)
+    trained(adapters)
+    state = adapters.state()
+    adapters.remove()
+    return state
+
+
+def beside(network: Network, factors: dict[str, Tensor]) -> Tensor:
+    adapters = Adapters(network, layers_of(network), 3)
+    adapters.load(factors)
+    answer = network(X)
+    adapters.remove()
+    return answer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_weights_carry_them_and_are_bit_for_bit_as_before(network: Network, factors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    expected = beside(network, factors)
+    network.to(dtype)
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    places = [parameter.data_ptr() for parameter in network.parameters()]
+    with carried(network, factors, "steps"):
+        assert all(type(module) is nn.Linear for name, module in network.named_modules() if name in layers_of(network))
+        assert [parameter.data_ptr() for parameter in network.parameters()] == places
+        torch.testing.assert_close(network(X.to(dtype)).to(expected), expected, rtol=1e-5, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_what_was_moved_meanwhile_is_restored_where_it_is_now(network: Network, factors: dict[str, Tensor]) -> None:
+    before = network(X)
+    with pytest.raises(KeyboardInterrupt), carried(network, factors, "steps"):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone()  # as offloading does
+        raise KeyboardInterrupt
+    assert torch.equal(network(X), before)
+
+
+def test_beside_layers_that_are_not_plain(network: Network, factors: dict[str, Tensor]) -> None:
+    """Other adapters, quantised layers, and weights that another copy stands for."""
+    other = Adapters(network, ["blocks.0.ff.0"], 2, name="other")
+    trained(other)
+    before = network(X)
+    with carried(network, factors, "steps"):
+        assert "steps" in network.blocks[1].ff[0].lora_A and not torch.allclose(network(X), before)
+    assert torch.equal(network(X), before)
+    other.remove()
+    expected = beside(network, factors)
+
+    class Stands:
+        hooks: ClassVar[dict[str, object]] = {"group_offloading": object()}
+
+    network.blocks[0]._diffusers_hook = Stands()
+    with carried(network, factors, "steps"):
+        assert "steps" in network.blocks[1].ff[0].lora_A
+        torch.testing.assert_close(network(X), expected)
+
+
+def test_factors_that_do_not_fit_change_nothing(network: Network, factors: dict[str, Tensor]) -> None:
+    before = network(X)
+    wide = {**factors, "blocks.1.ff.0.lora_A.weight": torch.zeros(3, 7)}
+    with pytest.raises(ValueError, match=r"do not fit the denoiser: blocks.1.ff.0 takes \(12, 6\), not \(12, 7\)"), carried(network, wide, "x"):
+        pass
+    strange = {name.replace("blocks.1", "blocks.9"): factor for name, factor in factors.items()}
+    with pytest.raises(ValueError, match=r"it has no blocks.9.attn1.to_q, and 3 more are missing"), carried(network, strange, "x"):
+        pass
+    assert torch.equal(network(X), before)
