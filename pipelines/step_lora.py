@@ -9,7 +9,9 @@ Pipelines that load LoRAs take the file too (`pipe.load_lora_weights`); some, as
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,12 +221,35 @@ class StepLoRA:
         network = self.check(pipe, allow_mismatch)
         call, scheduler = self.call(pipe, steps, guidance_scale), self.scheduler(pipe, steps, gamma)
         before = pipe.scheduler
-        with carried(network, self.factors, "hasten_steps"):
+        with carried(network, self.factors, "hasten_steps"), _drawn_by_the_call(pipe, scheduler):
             try:
                 pipe.scheduler = scheduler
                 yield call
             finally:
                 pipe.scheduler = before
+
+
+@contextmanager
+def _drawn_by_the_call(pipe: Any, scheduler: GammaScheduler) -> Iterator[None]:
+    """Within the block the scheduler's noise comes from the generator of the pipeline's call: pipelines of flows hand none to its steps."""
+    prepare, own = getattr(pipe, "prepare_latents", None), "prepare_latents" in vars(pipe)
+    if prepare is None or "generator" not in (signature := inspect.signature(prepare)).parameters:
+        yield
+        return
+
+    @functools.wraps(prepare)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        scheduler.generator = signature.bind(*args, **kwargs).arguments.get("generator")
+        return prepare(*args, **kwargs)
+
+    pipe.prepare_latents = noted
+    try:
+        yield
+    finally:
+        if own:
+            pipe.prepare_latents = prepare
+        else:
+            del pipe.prepare_latents
 
 
 def facts_of(

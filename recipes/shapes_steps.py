@@ -36,7 +36,6 @@ from hasten.accelerators.distillation.grid import Conditions, Grid
 from hasten.accelerators.distillation.method import Task
 from hasten.accelerators.distillation.trajectory import TrajectoryConsistency
 from hasten.pipelines.distillation_data import grid_of
-from hasten.pipelines.solver_schedulers import GammaScheduler
 from hasten.pipelines.step_lora import StepLoRA, facts_of, few_steps
 from hasten.pipelines.zoo.loading import call_defaults, load, path_of
 from hasten.pipelines.zoo.shapes import Caption, verify, world
@@ -422,8 +421,6 @@ def pictures_of(pipe: Any, captions: Sequence[Caption], **call: Any) -> Tensor:
     for at in range(0, len(captions), BATCH):
         part = [str(caption) for caption in captions[at : at + BATCH]]
         generators = [torch.Generator().manual_seed(at + i) for i in range(len(part))]
-        if isinstance(pipe.scheduler, GammaScheduler):
-            pipe.scheduler.generator = generators  # pipelines of flows hand none to its steps
         with torch.autocast("cpu", torch.bfloat16):
             made.append(pipe(part, generator=generators, output_type="pt", **call).images.float())
     return torch.cat(made)

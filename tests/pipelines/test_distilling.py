@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,12 @@ def test_other_families_are_distilled_and_load_the_file_themselves(name: str, tm
     before = draw(num_inference_steps=1, guidance_scale=1.0)
     with lora.applied(pipe, 1, gamma=0.0) as few:
         expected = draw(**few)
+    assert lora.gamma(1) == 1.0 and lora.steps == (1,)
+    first = lora.timesteps(1)[0]
+    twice = replace(lora, facts={**lora.facts, "steps": {"2": {"timesteps": [first, first / 2], "gamma": 1.0}}})
+    with twice.applied(pipe, 2) as more:
+        assert torch.equal(draw(**more), draw(**more))  # the noise of all steps is that of the call's generator
+    assert "prepare_latents" not in vars(pipe)
     pipe.scheduler = lora.scheduler(pipe, 1, gamma=0.0)
     bare = draw(**few)
     assert not torch.allclose(bare, expected, rtol=1e-3, atol=1e-3)
