@@ -298,6 +298,8 @@ def steps_of(call: dict[str, Any]) -> int:
 class Pairs:
     """A decider that computes everything and notes, for every step and row, by how much its proxy and the blocks' offset have changed."""
 
+    ahead = False
+
     def __init__(self, like: Decider) -> None:
         self.front, self.back, self.proxy = like.front, like.back, like.proxy
         self.pairs: list[tuple[float, float]] = []

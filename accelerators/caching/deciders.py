@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hasten.accelerators.caching.ahead import Ahead
 from hasten.accelerators.caching.forward import CHANGED, Collector, Finite, Given, Recompute, Spare, argument, pass_on
 from hasten.accelerators.caching.offsets import add_offsets
 from hasten.accelerators.caching.plan import Action, Plan, PlanError
@@ -38,6 +39,7 @@ class Decider(Protocol):
         back: Blocks at the end that are always computed.
         proxy: What it looks at: "residual", the offset of the front blocks on the first stream; "modulated", what the first block's
             attention is given.
+        ahead: Whether it judges the proxy that the two steps before lead to, so that no step waits for the device.
     """
 
     @property
@@ -48,6 +50,9 @@ class Decider(Protocol):
 
     @property
     def proxy(self) -> str: ...
+
+    @property
+    def ahead(self) -> bool: ...
 
     def plan(self, trace: Trace, steps: int) -> Plan:
         """What may be reused at most."""
@@ -82,6 +87,7 @@ class Recorded:
     """
 
     proxy = None
+    ahead = False
 
     def __init__(self, actions: np.ndarray) -> None:
         reused = actions == Action.REUSE
@@ -130,13 +136,14 @@ class DecidedState:
         self.bytes_planned = sum(sizes.values())
         self.values: dict[tuple[int, int], dict[int, Kept]] = {}
         self.memory: Memory = {}
+        self.ahead = Ahead()
         self.spare = Spare()
         self.called: list[int] = []
 
     @property
     def bytes(self) -> int:
         kept = [t for value in self.values.values() for t in value.values()] + list(self.memory.values())
-        return sum(t.nbytes for t in kept)
+        return sum(t.nbytes for t in kept) + self.ahead.bytes
 
     def start(self, step: int, doubt: str | None) -> DecidedForward | None:
         return DecidedForward(self, step, doubt) if self.spans else None
@@ -147,8 +154,10 @@ class DecidedState:
     def clear(self) -> None:
         self.values.clear()
         self.memory.clear()
+        self.ahead.clear()
 
     def reindex(self, rows: Tensor, batch: int | None = None) -> None:
+        self.ahead.reindex(rows, batch)
         self.values, self.memory = moved(self.values, rows, batch), moved(self.memory, rows)
 
     def stored(self, step: int) -> dict[Span, dict[int, Tensor]]:
@@ -235,7 +244,10 @@ class DecidedForward:
         known = bool(branch.values) and all(value[0].shape[0] == count for value in ([*v.values()] for v in branch.values.values()))
         wanted = [False] * count
         if decider.open(self.step, branch.steps) and known and branch.memory and self.doubt is None:
-            wanted = decider.reuse(self.step, self.proxy, branch.memory).tolist()  # the one synchronisation of a step
+            if decider.ahead:
+                wanted = branch.ahead.verdict(self.step, count)
+            else:
+                wanted = decider.reuse(self.step, self.proxy, branch.memory).tolist()  # the one synchronisation of a step
         elif self.doubt is not None and known:
             self.reasons.append(f"{block.path}: {self.doubt}")
         if any(m.shape[0] != count for m in branch.memory.values()):
@@ -366,7 +378,11 @@ class DecidedForward:
             branch.values[span] = {stream: branch.pack(t) for stream, t in mixed.items()}
         if self.proxy is not None and not isinstance(branch.decider, Recorded):
             computed = torch.tensor([not row for row in self.rows]).to(self.proxy.device)
-            branch.decider.learn(self.step, self.proxy.detach(), computed, branch.memory)
+            decider, proxy = branch.decider, self.proxy.detach()
+            decider.learn(self.step, proxy, computed, branch.memory)
+            if decider.ahead:
+                step = self.step + 1
+                branch.ahead.foretell(step, proxy, lambda expected: decider.reuse(step, expected, branch.memory))
 
     def executed(self, planned: np.ndarray) -> np.ndarray:
         """[sites], or [sites, rows] where rows decided differently."""

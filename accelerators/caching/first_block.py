@@ -18,7 +18,8 @@ from hasten.accelerators.caching.trace import Trace
 
 @dataclass(frozen=True)
 class FirstBlock:
-    """A decider: it looks at activations, so there is one synchronisation a step. Its recorded plan replays without.
+    """A decider: it looks at activations, so there is one synchronisation a step, or none with `ahead`. Its recorded plan
+    replays without.
 
     Attributes:
         threshold: Least relative L1 drift at which a row is computed (cache-dit's default for DBCache; FBCache on FLUX uses 0.05 to 0.12).
@@ -26,6 +27,8 @@ class FirstBlock:
         back: Blocks at the end that always run.
         warmup: Steps at the start that are computed: a fraction of all or a count (cache-dit's default is 8).
         max_continuous: Most reused steps in a row; None for no limit (cache-dit's default).
+        ahead: Decides each step by where the two before it lead, while they end: no step waits for the device, and a jerk of the
+            activations is noticed one step late.
 
     Raises:
         ValueError: A value is out of range.
@@ -36,6 +39,7 @@ class FirstBlock:
     back: int = 0
     warmup: int | float = 8
     max_continuous: int | None = None
+    ahead: bool = False
 
     proxy = "residual"
 
@@ -53,7 +57,7 @@ class FirstBlock:
 
     def __str__(self) -> str:
         text = f"first-block F{self.front}B{self.back} thr={self.threshold:g} warmup={self.warmup}"
-        return text + (f" MC={self.max_continuous}" if self.max_continuous else "")
+        return text + (f" MC={self.max_continuous}" if self.max_continuous else "") + (" ahead" if self.ahead else "")
 
     def plan(self, trace: Trace, steps: int) -> Plan:
         """What may be reused at most."""

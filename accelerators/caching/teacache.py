@@ -44,7 +44,8 @@ PRESETS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TeaCache:
-    """A decider: it looks at activations, so there is one synchronisation a step. Its recorded plan replays without.
+    """A decider: it looks at activations, so there is one synchronisation a step, or none with `ahead`. Its recorded plan
+    replays without.
 
     Attributes:
         threshold: Estimated change at which a row is computed (published for FLUX: .25 for 1.5x, .4 for 1.8x, .6 for 2.0x, .8 for 2.25x).
@@ -52,6 +53,8 @@ class TeaCache:
             default. Increments are clamped at 0.
         knots: (change of the proxy, change of the output), ascending, in place of the polynomial: what `hasten.calibrate` fits. Held
             constant outside the fitted range.
+        ahead: Decides each step by where the two before it lead, while they end: no step waits for the device, and a jerk of the
+            activations is noticed one step late.
 
     Raises:
         ValueError: A value is out of range, or there is no such preset.
@@ -60,6 +63,7 @@ class TeaCache:
     threshold: float = 0.25
     curve: str | tuple[float, ...] = (1.0, 0.0)
     knots: tuple[tuple[float, float], ...] = ()
+    ahead: bool = False
 
     proxy = "modulated"
     front = 0
@@ -75,7 +79,7 @@ class TeaCache:
 
     def __str__(self) -> str:
         shape = f"fitted at {len(self.knots)} knots" if self.knots else self.curve if isinstance(self.curve, str) else "polynomial"
-        return f"teacache thr={self.threshold:g} {shape}"
+        return f"teacache thr={self.threshold:g} {shape}" + (" ahead" if self.ahead else "")
 
     def plan(self, trace: Trace, steps: int) -> Plan:
         """What may be reused at most."""

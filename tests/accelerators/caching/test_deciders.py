@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ DECIDERS = {
     "first-block": hasten.FirstBlock(threshold=0.02, warmup=1),
     "first-block with back": hasten.FirstBlock(threshold=0.02, warmup=1, front=2, back=1),
     "teacache": hasten.TeaCache(threshold=0.05),
+    "first-block ahead": hasten.FirstBlock(threshold=0.02, warmup=1, ahead=True),
+    "teacache ahead": hasten.TeaCache(threshold=0.05, ahead=True),
 }
+AHEAD = [name for name in DECIDERS if name.endswith("ahead")]
 
 
 @pytest.fixture(params=DECIDERS)
@@ -145,6 +149,32 @@ def test_rows_follow_a_reindexing() -> None:
             with session.step(k):
                 made = net(x[k][order])
             torch.testing.assert_close(made, expected[k][order])
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_a_verdict_that_came_ahead_knows_nothing_of_its_own_step(name: str) -> None:
+    """Where rows jump, the step at which they do still reuses, and the next one computes."""
+    net, x = chain(5), inputs()
+    _, report = sample(net, DECIDERS[name], x)
+    steady = x.clone()
+    steady[5:, 3] -= 2.0  # the same rows without the jump
+    _, without = sample(net, DECIDERS[name], steady)
+    jerked, smooth = report.plan.actions[:, :, 3], without.plan.actions[:, 2]
+    jerked = jerked[:, 2]
+    if smooth.ndim == 2:
+        smooth = smooth[:, 3]
+    assert np.array_equal(jerked[:6], smooth[:6]) and smooth[5] == 1 and jerked[6] == 0
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_on_a_steady_course_what_comes_ahead_is_what_is_decided_at_once(name: str) -> None:
+    net, x = chain(5), inputs()[:, :3]
+    method = DECIDERS[name]
+    _, ahead = sample(net, method, x)
+    _, at_once = sample(net, replace(method, ahead=False), x)
+    assert (ahead.plan.actions[1, 2] == 0).all(), "two steps are needed to know where it goes"
+    computed, at_once_computed = ((report.plan.actions[:, 2] == 0).sum(0) for report in (ahead, at_once))
+    assert (abs(computed - at_once_computed) <= 1).all() and computed.min() < STEPS - 2
 
 
 def test_teacaches_increments_are_never_negative() -> None:
