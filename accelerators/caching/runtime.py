@@ -41,6 +41,7 @@ from hasten.accelerators.caching.trace import (
     weight_facts,
 )
 from hasten.accelerators.dispatch import Call, Handler, compiled_whole, intercept
+from hasten.accelerators.fused_blocks import fused_blocks
 from hasten.accelerators.quantization.int8 import Quantised
 
 TraceKey = tuple[tuple[int, ...], torch.dtype]
@@ -200,6 +201,7 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(intercept({self.denoiser: self._on_denoiser}))
             stack.enter_context(named_contexts(self.denoiser, self))
+            stack.enter_context(fused_blocks(self.denoiser))
             self._stack = stack.pop_all()
         return self
 

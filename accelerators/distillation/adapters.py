@@ -239,7 +239,9 @@ def carried(denoiser: nn.Module, factors: Mapping[str, Tensor], name: str) -> It
 
 def _plain(module: nn.Module) -> bool:
     """Whether a module is a linear that computes with its weight as it lies there."""
-    return type(module) is nn.Linear and module.weight.element_size() > 1 and module.weight.is_floating_point() and not module.weight.is_meta
+    if type(module) is not nn.Linear or module.weight.is_meta:
+        return False
+    return module.weight.is_floating_point() and module.weight.element_size() > 1
 
 
 def _moved(module: nn.Module) -> bool:

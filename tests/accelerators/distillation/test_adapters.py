@@ -237,7 +237,8 @@ def test_beside_layers_that_are_not_plain(network: Network, factors: dict[str, T
 def test_factors_that_do_not_fit_change_nothing(network: Network, factors: dict[str, Tensor]) -> None:
     before = network(X)
     wide = {**factors, "blocks.1.ff.0.lora_A.weight": torch.zeros(3, 7)}
-    with pytest.raises(ValueError, match=r"do not fit the denoiser: blocks.1.ff.0 takes \(12, 6\), not \(12, 7\)"), carried(network, wide, "x"):
+    said = r"do not fit the denoiser: blocks.1.ff.0 takes \(12, 6\), not \(12, 7\)"
+    with pytest.raises(ValueError, match=said), carried(network, wide, "x"):
         pass
     strange = {name.replace("blocks.1", "blocks.9"): factor for name, factor in factors.items()}
     with pytest.raises(ValueError, match=r"it has no blocks.9.attn1.to_q, and 3 more are missing"), carried(network, strange, "x"):
