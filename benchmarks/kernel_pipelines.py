@@ -24,7 +24,7 @@ from hasten.accelerators.caching.delta_dit import DeltaDiT
 from hasten.accelerators.caching.plan import Plan
 from hasten.benchmarks.harness import Timing, Variant, interleave
 from hasten.benchmarks.peers import DBCache, Peer
-from hasten.pipelines.accelerated import AcceleratedPipeline, accelerate
+from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, accelerate
 from hasten.pipelines.planning import plan
 
 PROMPTS = ("a red circle", "a blue square")
@@ -184,11 +184,16 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+COMPUTED = "all computed"
+"""Nothing is reused: what the blocks' kernels alone are worth."""
+
+
 def ways_of(pipe: Any, planned: Plan) -> dict[str, Way]:
     """Plain, Delta-DiT and a plan, each with and without graphs and kernels where that makes a difference, and cache-dit if it is here."""
     eight = accelerate(pipe, planned, state="int8")
     ways = {
         "plain": Way(pipe),
+        COMPUTED: Way(accelerate(pipe, ComputeAll())),
         "Delta-DiT": Way(accelerate(pipe, DeltaDiT())),
         "Delta-DiT, graphs": Way(accelerate(pipe, DeltaDiT(), graphs=True)),
         "planner": Way(accelerate(pipe, planned)),

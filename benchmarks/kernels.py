@@ -36,7 +36,7 @@ from hasten.benchmarks.harness import (
     steady_memory,
     table,
 )
-from hasten.benchmarks.kernel_pipelines import PIPELINES, Subject, build, time_pipeline
+from hasten.benchmarks.kernel_pipelines import COMPUTED, PIPELINES, Subject, build, time_pipeline
 from hasten.kernels import backend as backends
 from hasten.kernels import ops, reference
 from hasten.kernels.arguments import Grid, Selection, Weight
@@ -283,11 +283,11 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     if beside:
         slowest = min(beside, key=lambda row: row["compiled"] / row["kernel"])
         bars.append(Bar.at_least("torch.compile's time over ours", slowest["compiled"] / slowest["kernel"], 1.0, slowest["name"]))
-    graphed = next(
-        (row for row in rows if row["part"] == "pipelines" and row["variant"] == "planner, graphs" and "FLUX" in row["name"]), None
-    )
-    if graphed is not None:
-        bars.append(Bar.at_least("FLUX-size, planned, with graphs: speed-up over bound", graphed["speedup"] / graphed["bound"], 0.97))
+    seconds = {row["variant"]: row for row in rows if row["part"] == "pipelines" and "FLUX" in row["name"]}
+    graphed, computed = seconds.get("planner, graphs"), seconds.get(COMPUTED)
+    if graphed is not None and computed is not None:  # beside the same blocks, so that what kernels save in them does not count
+        over = computed["seconds"] / graphed["seconds"] / graphed["bound"]
+        bars.append(Bar.at_least("FLUX-size, planned, with graphs: speed-up over bound", over, 0.97))
     decoding = [row for row in rows if row["part"] == "decoding"]
     if decoding:
         bars.append(Bar.at_least("diffusers' step over token_commit", min(row["ratio"] for row in decoding), 10.0))

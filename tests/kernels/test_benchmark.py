@@ -107,6 +107,9 @@ def test_without_a_gpu_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, caps
     read = json.loads((tmp_path / "kernels.json").read_text())
     assert [row["part"] for row in read["rows"]] == ["cpu"] * 2 and read["settings"]["device"] is None
     assert read["bars"][0]["holds"] and "| a grid fixed beforehand |" in report.on_cpu(read)
+    # A full run: that of a whole denoiser takes minutes, and has a test of its own at a small size.
+    monkeypatch.setattr(kernels, "cached_on_cpu", lambda: {"part": "cpu denoiser", "name": "XL", "float32": 3.0, "int8": 2.0, "ratio": 1.5})
+    assert kernels.main([]) == 0
     monkeypatch.setattr(kernels, "int8_on_cpu", lambda: [{**row, "ratio": 4.9} for row in small])
     assert kernels.main([]) == 1
 
@@ -150,16 +153,23 @@ def tiny(name: str) -> Subject:
     return replace(PIPELINES[name], **TINY[name], call={**call, "num_frames": 5} if "num_frames" in call else call)
 
 
+def test_a_denoiser_in_int8_is_timed_beside_itself() -> None:
+    threads = torch.get_num_threads()
+    row = kernels.cached_on_cpu(tiny("PixArt-alpha-XL"), side=64, steps=4, rounds=1)
+    assert row["part"] == "cpu denoiser" and row["ratio"] == row["float32"] / row["int8"] > 0
+    assert row["name"] == "PixArt-alpha-XL, 64 x 64 pixels, 4 steps, every second computed" and torch.get_num_threads() == threads
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipelines_are_timed_in_every_way(name: str) -> None:
     rows = time_pipeline(tiny(name), CPU, compiled=False, rounds=1, speedup=1.1)
     names = [row["variant"] for row in rows if row["variant"] != "cache-dit"]  # wherever it is installed
     assert names == [
-        "plain", "Delta-DiT", "Delta-DiT, graphs", "planner", "planner, graphs", "planner, without kernels", "planner, int8 state",
-        "planner, int8 state, without kernels",
+        "plain", "all computed", "Delta-DiT", "Delta-DiT, graphs", "planner", "planner, graphs", "planner, without kernels",
+        "planner, int8 state", "planner, int8 state, without kernels",
     ]  # fmt: skip
     assert rows[0]["speedup"] == 1 and all(row["seconds"] > 0 and row["part"] == "pipelines" for row in rows)
-    assert rows[0]["bound"] == 1 and all(row["bound"] > 1 for row in rows[1:8])
+    assert rows[0]["bound"] == rows[1]["bound"] == 1 and all(row["bound"] > 1 for row in rows[2:9])
     assert "HASTEN_KERNELS" not in os.environ
     assert {row.pop("name") for row in rows} == {name}
 
