@@ -126,8 +126,8 @@ def page(results: Results) -> str:
         "in turns.",
         cached_table(s["cached"]),
         "## Segmented and plain consistency training",
-        f"{s['trained']} optimiser steps each of the same adapters on the same pictures, from the base; {s['judged']} captions. Short "
-        "trainings: what ships was trained longer.",
+        f"{s['trained']} optimiser steps each of the same adapters on the same pictures, from the base; {s['judged']} captions. "
+        "Segmented: stages of 4 and 2 segments, an eighth of the steps each, then 1. Short trainings: what ships was trained longer.",
         trained_table(s["trained_rows"]),
         "## A preference",
         f"{s['tuned']} optimiser steps of online PSO: of two samples the one with more that is right is preferred, and of equally right "
