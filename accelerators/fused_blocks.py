@@ -221,7 +221,7 @@ def fused_blocks(denoiser: nn.Module) -> Iterator[dict[str, int]]:
         for block in blocks:
             if (function := fused_forward(block)) is None:
                 continue
-            block.forward = _either(block, function)
+            block.forward = _Either(block, function)
             placed.append(block)
             counts[type(block).__name__] = counts.get(type(block).__name__, 0) + 1
         yield counts
@@ -235,17 +235,22 @@ def at_hand() -> bool:
     return torch.cuda.is_available() and backend.wanted()
 
 
-def _either(block: nn.Module, function: Forward) -> Forward:
-    plain = block.forward
+class _Either:
+    """A block's forward for the time: fused where it can be, else its class's own."""
 
-    @functools.wraps(plain)
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, block: nn.Module, function: Forward) -> None:
+        functools.update_wrapper(self, block.forward)
+        self.block, self.function = block, function
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _takes(hidden_states):
             with suppress(NotForeseen):
-                return function(block, hidden_states, *args, **kwargs)
-        return plain(hidden_states, *args, **kwargs)
+                return self.function(self.block, hidden_states, *args, **kwargs)
+        return type(self.block).forward(self.block, hidden_states, *args, **kwargs)
 
-    return forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Either:
+        """For the block's copy, which is being made."""
+        return _Either(memo[id(self.block)], self.function)
 
 
 def _takes(x: Tensor) -> bool:

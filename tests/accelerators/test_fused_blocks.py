@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,6 +117,18 @@ def test_blocks_are_as_before_afterwards(passes: list[tuple[int, ...]]) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
     model(**inputs(0))
     assert not passes
+
+
+def test_a_copy_that_is_made_meanwhile_computes_with_its_own_weights(passes: list[tuple[int, ...]]) -> None:
+    model, inputs = families.pixart()
+    with fused.fused_blocks(model):
+        before = model(**inputs(0))[0]
+        copied = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(**inputs(0))[0], before)
+        assert str(inspect.signature(copied.transformer_blocks[0].forward)).startswith("(hidden_states: torch.Tensor, attention_mask")
+    torch.testing.assert_close(copied(**inputs(0))[0], before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
