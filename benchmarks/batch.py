@@ -76,10 +76,10 @@ class Settings:
         rounding_jobs: That are drawn with a second batch size.
     """
 
-    jobs: int = 48
+    jobs: int = 128
     steps: int = 10
     sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    fast_size: int = 8
+    fast_size: int = 16
     rounds: int = 3
     killed_jobs: int = 1_000
     killed_steps: int = 4
@@ -94,7 +94,7 @@ class Settings:
 
 
 FULL = Settings()
-QUICK = Settings(jobs=32, steps=6, sizes=(1, 4, 8, 16), rounds=2, killed_jobs=80, pause=(1.0, 3.0), rounding_jobs=32)
+QUICK = Settings(jobs=32, steps=6, sizes=(1, 4, 8, 16), fast_size=8, rounds=2, killed_jobs=80, pause=(1.0, 3.0), rounding_jobs=32)
 
 
 # ------------------------------------------------------------------------------------------------------------- the command

@@ -28,6 +28,8 @@ REPEATS = 2
 """Of each measurement; the shorter time counts."""
 WORTH = 0.03
 """A larger batch must be faster by this much."""
+UNMEASURED, LOST = 16, 60.0
+"""Where measuring does not pay: pictures at a time, and seconds of a batch, which a process that dies loses; slower ones are of `BATCH`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def find_size(
     most = min(MOST, max(groups.values()))
     if world > 1:
         most = max(1, min(most, len(plain) // (4 * world)))
-    work = EFFORT * sum(job.steps or painter.model.steps for job in plain)
+    steps = sum(job.steps or painter.model.steps for job in plain)
     memory = _memory_of(painter.model.device)
     free, base = memory.free(), memory.used()
     if free is None:
@@ -70,7 +72,7 @@ def find_size(
     told("measuring a picture")
     try:
         _paint(painter, [probe])  # the first call pays for what is made once
-        while size <= fits and (size == 1 or spent + size * PROBE_STEPS <= work):
+        while size <= fits and (size == 1 or spent + size * PROBE_STEPS <= EFFORT * steps):
             told(f"measuring batches of {size}")
             memory.reset()
             batch = [replace(probe, seed=probe.seed + i) for i in range(size)]
@@ -87,8 +89,9 @@ def find_size(
         if not speeds:
             return Size(1 if out_of_memory(error) else min(BATCH, fits), {"found": "not measured", "why": one_line(error)})
     best = min(size for size, speed in speeds.items() if speed >= (1 - WORTH) * max(speeds.values()))
-    if size <= fits and spent + size * PROBE_STEPS > work:  # nobody knows whether more would be faster
-        best = max(best, min(BATCH, fits))
+    if size <= fits and spent + size * PROBE_STEPS > EFFORT * steps:  # nobody knows whether more would be faster
+        seconds = steps / len(plain) / PROBE_STEPS / max(speeds.values())
+        best = max(best, min(UNMEASURED if UNMEASURED * seconds <= LOST else BATCH, fits))
     how = {
         "found": "measured",
         "free_bytes": free,

@@ -220,6 +220,18 @@ def test_the_batch_size_is_measured_once_within_memory(
     assert short.size <= 3
 
 
+@pytest.mark.parametrize(("seconds", "size"), [(0.1, 16), (4.0, 8)])
+def test_a_list_too_short_for_measuring_gets_a_usual_size(
+    seconds: float, size: int, monkeypatch: pytest.MonkeyPatch, tiny_pipeline_folder: Path
+) -> None:
+    """Smaller where a batch takes so long that one that dies is a loss."""
+    painter = Painter(str(tiny_pipeline_folder), "float32", "cpu")
+    jobs = [Job.from_row({"prompt": "a red circle", "steps": 8, "method": "none"}, number=i) for i in range(40)]
+    monkeypatch.setattr("hasten.app.batch.sizing._paint", lambda painter, jobs: seconds * len(jobs))
+    found = find_size(painter, jobs)
+    assert found.size == size and found.how["pictures_per_second"] == {"1": round(1 / seconds, 3)}
+
+
 def test_the_contact_sheet_is_safe_and_whole(tmp_path: Path) -> None:
     from hasten.app.batch.folder import BatchPlan
 
