@@ -108,11 +108,12 @@ def test_the_student_is_rolled_out_as_the_pipeline_draws_with_its_lora(recipe: M
         with torch.autocast("cpu", torch.bfloat16):
             drawn = model.pipe(CAPTIONS, latents=noise_of(1), generator=drawing, **{**arguments_of(model), **call}).images
     told = model.encoded(CAPTIONS)
+    walked = model.teacher.nodes.get(steps, recipe.few_nodes(model.grid, steps))
 
     def rolled(weights: Mapping[str, Tensor]) -> Tensor:
         drawing = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            x0: Tensor = rollout(model.denoiser(weights), noise_of(1), told, model.grid, recipe.few_nodes(model.grid, steps), drawing).x0
+            x0: Tensor = rollout(model.denoiser(weights), noise_of(1), told, model.grid, walked, drawing).x0
         return x0
 
     off, moved = relative(rolled(model.merged(factors)), drawn), relative(rolled(model.plain), drawn)
