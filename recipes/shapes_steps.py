@@ -60,7 +60,7 @@ class Shapes:
 
     rank, guidance = 28, 3.0
     left_out: ClassVar[tuple[str, ...]] = ()
-    """Stages."""
+    """Stages that are not run."""
     nodes: ClassVar[dict[int, tuple[int, ...]]] = {}
     """Of the grid, at which so many steps are drawn, where they are not those at which they were trained."""
     top = 649

@@ -252,7 +252,10 @@ def _moved(module: nn.Module) -> bool:
 def _change(layer: str, weight: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
     """Of the weight of a layer, in float32 at least."""
     kind = torch.promote_types(weight.dtype, torch.float32)
-    first, second = (factors[f"{layer}.lora_{side}.weight"].to(weight.device, kind) for side in "AB")
+    names = [f"{layer}.lora_{side}.weight" for side in "AB"]
+    if missing := [name for name in names if name not in factors]:
+        raise ValueError(f"these adapters do not fit the denoiser: {missing[0]} is missing")
+    first, second = (factors[name].to(weight.device, kind) for name in names)
     if (shape := (second.shape[0], first.shape[1])) != weight.shape or first.shape[0] != second.shape[1]:
         raise ValueError(f"these adapters do not fit the denoiser: {layer} takes {tuple(weight.shape)}, not {tuple(shape)}")
     return second @ first

@@ -243,4 +243,7 @@ def test_factors_that_do_not_fit_change_nothing(network: Network, factors: dict[
     strange = {name.replace("blocks.1", "blocks.9"): factor for name, factor in factors.items()}
     with pytest.raises(ValueError, match=r"it has no blocks.9.attn1.to_q, and 3 more are missing"), carried(network, strange, "x"):
         pass
+    half = {name: factor for name, factor in factors.items() if name != "blocks.1.ff.2.lora_B.weight"}
+    with pytest.raises(ValueError, match=r"blocks.1.ff.2.lora_B.weight is missing"), carried(network, half, "x"):
+        pass
     assert torch.equal(network(X), before)
