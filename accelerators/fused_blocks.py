@@ -7,20 +7,23 @@ gradients, autocast or arguments that are not foreseen here, run as they are.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
+from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
-from hasten.accelerators.dispatch import compiled_whole
+from hasten.accelerators.dispatch import Call, Handler, compiled_whole
 from hasten.accelerators.fusing import fuses
 from hasten.kernels import backend, ops
 from hasten.kernels.arguments import Modulation, Norm
 
 Forward = Callable[..., Any]
+LEAST = 1 << 22
+"""Entries of hidden states from which on blocks are fused. With fewer, what the host takes to prepare a launch (some ten microseconds more
+than for the chain) is longer than the passes over memory that it saves; reckoned for 2 to 4 TB/s, not measured."""
 
 
 class NotForeseen(Exception):
@@ -46,9 +49,20 @@ def added(residual: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def _norm(norm: nn.Module, channels: int) -> Norm:
-    if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (channels,):
+    """Its numbers.
+
+    Raises:
+        NotForeseen: It is none of the two classes, not over channels, or is listened to: it will not be called.
+    """
+    if type(norm) not in (nn.LayerNorm, FP32LayerNorm) or not _bare(norm) or tuple(norm.normalized_shape) != (channels,):  # type: ignore[arg-type]
         raise NotForeseen
-    return Norm(norm.weight, norm.bias, norm.eps)
+    return Norm(norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a call of the module is one of its class's forward, and nothing else."""
+    own = vars(module)
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def basic(
@@ -68,7 +82,8 @@ def basic(
     if unusual or hidden_states.ndim != 3 or not (single or block.norm_type == "ada_norm_zero"):
         raise NotForeseen
     last = block.norm2 if single else block.norm3
-    _norm(last, hidden_states.shape[-1])  # before anything is computed
+    for norm in {last} if single or block.attn2 is None else {block.norm2, last}:  # before anything is computed
+        _norm(norm, hidden_states.shape[-1])
     if single:
         assert timestep is not None
         tables = block.scale_shift_table[None] + timestep.reshape(len(hidden_states), 6, -1)
@@ -206,28 +221,13 @@ def fused_forward(block: nn.Module) -> Forward | None:
     return FUSED.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-@contextmanager
-def fused_blocks(denoiser: nn.Module) -> Iterator[dict[str, int]]:
-    """Within the block the denoiser's blocks run fused wherever their tensors are on CUDA and kernels are on.
-
-    Yields:
-        How many blocks of each class can be.
-    """
-    placed: list[nn.Module] = []
-    counts: dict[str, int] = {}
+def fused_handlers(denoiser: nn.Module) -> dict[nn.Module, Handler]:
+    """For `intercept`: the denoiser's blocks run fused wherever their tensors are on CUDA and kernels are on."""
     # What is compiled as a whole is fused by its compiler, and would be compiled anew for every run.
-    blocks = list(denoiser.modules()) if at_hand() and not compiled_whole(denoiser) else []
-    try:
-        for block in blocks:
-            if (function := fused_forward(block)) is None:
-                continue
-            block.forward = _Either(block, function)
-            placed.append(block)
-            counts[type(block).__name__] = counts.get(type(block).__name__, 0) + 1
-        yield counts
-    finally:
-        for block in placed:
-            vars(block).pop("forward", None)
+    if not at_hand() or compiled_whole(denoiser):
+        return {}
+    found = ((block, fused_forward(block)) for block in denoiser.modules())
+    return {block: _handler(block, function) for block, function in found if function is not None}
 
 
 def at_hand() -> bool:
@@ -235,25 +235,20 @@ def at_hand() -> bool:
     return torch.cuda.is_available() and backend.wanted()
 
 
-class _Either:
-    """A block's forward for the time: fused where it can be, else its class's own."""
+def _handler(block: nn.Module, function: Forward) -> Handler:
+    """Fused where the call allows it, else what the block would have done."""
 
-    def __init__(self, block: nn.Module, function: Forward) -> None:
-        functools.update_wrapper(self, block.forward)
-        self.block, self.function = block, function
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _takes(hidden_states):
+    def handle(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, Tensor) and _takes(x) and not (block._forward_hooks or block._forward_pre_hooks):
             with suppress(NotForeseen):
-                return self.function(self.block, hidden_states, *args, **kwargs)
-        return type(self.block).forward(self.block, hidden_states, *args, **kwargs)
+                return function(block, *args, **kwargs)
+        return call(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Either:
-        """For the block's copy, which is being made."""
-        return _Either(memo[id(self.block)], self.function)
+    return handle
 
 
 def _takes(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in ops.STREAMS or x.numel() == 0:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in ops.STREAMS or x.numel() < LEAST:
         return False
     return fuses(x) and not torch.is_autocast_enabled(x.device.type)

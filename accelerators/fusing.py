@@ -12,8 +12,9 @@ from hasten.kernels import backend
 
 
 def fuses(*tensors: Tensor) -> bool:
-    """Whether all are on one CUDA device, none wants a gradient, and kernels are not turned off (HASTEN_KERNELS=reference)."""
-    if not all(tensor.is_cuda for tensor in tensors) or not backend.wanted():
+    """Whether all are on one CUDA device, none wants a gradient, and kernels run there: not turned off (HASTEN_KERNELS=reference), and
+    not found not to work."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or not backend.usable(*devices):
         return False
-    wants = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not wants and len({tensor.device for tensor in tensors}) <= 1
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

@@ -15,6 +15,8 @@ from hasten.kernels.driver import Driver, DriverError, Kernels
 from hasten.kernels.nvrtc import CompileError
 
 P = ParamSpec("P")
+FAILURES = 3
+"""Launches in a row that the driver may refuse before no more are tried: memory may be short, or a capture forbid loading, for once."""
 
 
 class Backend:
@@ -25,35 +27,57 @@ class Backend:
         stream: The handle of the caller's present stream.
 
     Attributes:
-        broken: Why kernels do not run here, once that is known.
+        broken: Why kernels do not run here, once that is known: they cannot be compiled, there is no driver, or it goes on refusing.
     """
 
     def __init__(self, make: Callable[[], Kernels], stream: Callable[[], int]) -> None:
         self._make, self._stream = make, stream
         self._kernels: Kernels | None = None
+        self._refused = 0
         self.broken: str | None = None
 
     def run(self, launch: Callable[Concatenate[Kernels, int, P], None], *args: P.args, **kwargs: P.kwargs) -> bool:
-        """Whether the launch went through. If not, a warning has said why, and no further one is tried.
+        """Whether the launch went through. If not, a warning has said why; once it is known to be for good, no further one is tried.
 
         Args:
             launch: Puts kernels on a stream, given by its handle; the rest are its other arguments.
         """
-        if self.broken is None:
-            try:
-                if self._kernels is None:
-                    self._kernels = self._make()
-                launch(self._kernels, self._stream(), *args, **kwargs)
-                return True
-            except (CompileError, DriverError) as error:
+        if self.broken is not None:
+            return False
+        try:
+            if self._kernels is None:
+                self._kernels = self._make()
+            launch(self._kernels, self._stream(), *args, **kwargs)
+        except (CompileError, DriverError) as error:
+            self._refused += 1
+            if isinstance(error, CompileError) or self._kernels is None or self._refused >= FAILURES:
                 self.broken = str(error)
                 warnings.warn(f"hasten's kernels are off, PyTorch's are used: {error}", RuntimeWarning, stacklevel=2)
-        return False
+            else:
+                warnings.warn(f"one of hasten's kernels did not run, PyTorch's was used: {error}", RuntimeWarning, stacklevel=2)
+            return False
+        self._refused = 0
+        return True
 
 
 def wanted() -> bool:
-    """Whether kernels may be used: HASTEN_KERNELS=reference turns them off."""
-    return os.environ.get("HASTEN_KERNELS", "") != "reference"
+    """Whether kernels may be used: HASTEN_KERNELS=reference turns them off.
+
+    Raises:
+        ValueError: It says something else.
+    """
+    said = os.environ.get("HASTEN_KERNELS", "")
+    if said not in ("", "reference"):
+        raise ValueError(f"HASTEN_KERNELS must be 'reference' or not set, not {said!r}")
+    return said == ""
+
+
+def usable(device: torch.device) -> bool:
+    """Whether kernels may be used on a device, and nothing is known that forbids it."""
+    if device.type != "cuda" or torch.version.hip is not None or not wanted():
+        return False
+    # What is compiled cannot ask: its ops find out when they run.
+    return torch.compiler.is_compiling() or of_device(torch.cuda.current_device() if device.index is None else device.index).broken is None
 
 
 @cache
@@ -62,6 +86,6 @@ def of_device(index: int) -> Backend:
 
     def make() -> Kernels:
         major, minor = torch.cuda.get_device_capability(index)
-        return Kernels(Driver(), Cubins(f"sm_{major}{minor}").get)
+        return Kernels(Driver(device=index), Cubins(f"sm_{major}{minor}").get)
 
     return Backend(make, lambda: int(torch.cuda.current_stream(index).cuda_stream))

@@ -31,9 +31,12 @@ def source_text(name: str) -> str:
 
 
 def default_folder() -> Path:
-    """Where machine code is kept: HASTEN_CACHE, else hasten/ in XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("HASTEN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hasten" / "kernels"
+    """Where machine code is kept: HASTEN_CACHE, else hasten/ in XDG_CACHE_HOME or ~/.cache; the temporary folder for who has no home."""
+    try:
+        own = os.environ.get("HASTEN_CACHE")
+        return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hasten" / "kernels"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"hasten-{getattr(os, 'getuid', int)()}" / "kernels"
 
 
 class Cubins:
@@ -75,7 +78,7 @@ class Cubins:
             again: Compile it although it is kept: what was kept could not be loaded.
 
         Raises:
-            CompileError: It is not kept, and the compiler refuses or there is none.
+            CompileError: There is no compiler, whose version the name of what is kept has; or it is not kept, and the compiler refuses.
         """
         path = self.path(source)
         kept = None if again else _read(path)

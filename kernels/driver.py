@@ -15,17 +15,24 @@ class DriverError(RuntimeError):
     """The driver is missing or refuses; the message says what and why."""
 
 
+_NO_CONTEXT = 201
+
+
 class Driver:
-    """The few entry points of libcuda that a launch needs. The calling thread's current context is used: torch has made it.
+    """The few entry points of libcuda that a launch needs, in the calling thread's current context.
+
+    That is the one torch has made. A thread whose first work on the device is a launch has none yet (torch's guards and its allocator do
+    not ask for one where they have nothing to do), so it is given the device's.
 
     Args:
         path: The library; the system's unless told.
+        device: Whose context a thread is given that has none.
 
     Raises:
         DriverError: There is none.
     """
 
-    def __init__(self, path: Path | str | None = None) -> None:
+    def __init__(self, path: Path | str | None = None, device: int = 0) -> None:
         name = str(path) if path is not None else "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
         try:
             self._library = ctypes.CDLL(name)
@@ -33,6 +40,7 @@ class Driver:
             raise DriverError(f"no CUDA driver: {error}") from None
         self._library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._call("cuInit", 0)
+        self._device, self._context = device, ctypes.c_void_p()
 
     def load(self, image: bytes) -> ctypes.c_void_p:
         """A module from machine code."""
@@ -53,10 +61,22 @@ class Driver:
 
     def _call(self, name: str, *args: object) -> None:
         status: int = getattr(self._library, name)(*args)
+        if status == _NO_CONTEXT and self._enter():
+            status = getattr(self._library, name)(*args)
         if status:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(status, ctypes.byref(text))
             raise DriverError(f"{name} failed: {(text.value or b'').decode()} (CUDA error {status})")
+
+    def _enter(self) -> bool:
+        """Whether the thread could be given the device's context; it is retained once, and never given back."""
+        if not self._context:
+            device = ctypes.c_int()
+            found = self._library.cuDeviceGet(ctypes.byref(device), self._device)
+            if found or self._library.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device):
+                return False
+        status: int = self._library.cuCtxSetCurrent(self._context)
+        return status == 0
 
 
 class Kernels:

@@ -59,11 +59,13 @@ def _dense(name: str, tensor: Tensor, numel: int, dtype: torch.dtype) -> None:
 def _width(dtype: torch.dtype, channels: int, *tensors: Tensor) -> int:
     """Entries of `dtype` that are moved at once: 16 bytes where sizes, strides and addresses allow, else one."""
     wide = 16 // dtype.itemsize
-    fits = channels % wide == 0 and all(
-        t.data_ptr() % min(16, wide * t.dtype.itemsize) == 0 and all(t.stride(d) % wide == 0 for d in range(t.ndim - 1) if t.shape[d] > 1)
-        for t in tensors
-    )
-    return wide if fits else 1
+    if channels % wide:
+        return 1
+    for t in tensors:
+        steps = sum(step % wide for size, step in zip(t.shape[:-1], t.stride(), strict=False) if size > 1)
+        if steps or t.data_ptr() % min(16, wide * t.itemsize):
+            return 1
+    return wide
 
 
 def _elementwise(rows: int, pieces: int) -> tuple[Size, Size]:
@@ -556,7 +558,8 @@ def tokens(
             setattr(args, name, table.data_ptr())
     if committing is not None:
         selection, commits, after = committing
-        args.mask, args.threshold, args.minimum, args.score = *selection[:3], SCORES.index(selection.score)
+        args.mask, args.threshold, args.score = *selection[:2], SCORES.index(selection.score)
+        args.minimum = min(selection.minimum, width)
         _dense("commits", commits, rows * width, torch.bool)
         _dense("after", after, rows * width, torch.int64)
         args.commits, args.after = commits.data_ptr(), after.data_ptr()

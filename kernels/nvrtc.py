@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 
 class CompileError(RuntimeError):
     """There is no compiler, or it refused; the message says which and why."""
@@ -58,13 +60,19 @@ _COUNTS = {
 
 
 def find_nvrtc() -> Path | None:
-    """The library: of pip's packages first, then of torch's own folder, then of a CUDA toolkit; None if there is none."""
+    """The library: of pip's packages first, then of torch's own folder, then of a CUDA toolkit; None if there is none.
+
+    Where there are several, one of the CUDA that torch was built for: a driver may be too old for what a later one compiles.
+    """
     folders = [folder for package in ("nvidia", "torch") for folder in _folders(package)]
     folders += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [Path("/usr/local/cuda")]
     places = ("cu*/lib", "cuda_nvrtc/lib", "cu*/bin/**", "cuda_nvrtc/bin", "lib", "lib64", "bin")
     names = ("libnvrtc.so*", "nvrtc64_*.dll")
     found = (file for folder in folders for place in places for name in names for file in sorted(folder.glob(f"{place}/{name}")))
-    return next((file for file in found if ".alt." not in file.name), None)
+    libraries = [file for file in found if ".alt." not in file.name]
+    major = (torch.version.cuda or "none").partition(".")[0]
+    fitting = [file for file in libraries if re.search(rf"nvrtc(64_|\.so\.){major}", file.name)]
+    return next(iter(fitting or libraries), None)
 
 
 def _folders(package: str) -> list[Path]:

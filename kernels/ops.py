@@ -41,8 +41,8 @@ def _registered(
         return _dense(meaning(*gather(*args)))
 
     def on_cuda(*args: Any) -> Any:
-        if backend.wanted():
-            device = _device_of(args)
+        device = _device_of(args)
+        if backend.usable(device):
             with torch.cuda.device(device):
                 made = kernel(backend.of_device(device.index), *gather(*args))
             if made is not None:
@@ -190,6 +190,8 @@ def delta_store(after: Tensor, before: Tensor, kind: str, by_channel: bool = Fal
     _one_of("kind", kind, ("bf16", *fused.EIGHT_BITS))
     if by_channel and after.ndim < 3:
         raise ValueError(f"after must be [batch, ..., tokens, channels] with by_channel=True, not {list(after.shape)}")
+    if by_channel and 0 in after.shape[1:]:
+        raise ValueError(f"after must have tokens with by_channel=True, not {list(after.shape)}")
     _not_hollow("after", after)
     values, scale = _delta_store(after, before, kind, by_channel)
     return values, None if kind == "bf16" else scale
@@ -396,7 +398,7 @@ def reindex(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     """Some rows of many tensors in one launch; see `reference.reindex`.
 
     Raises:
-        ValueError: There is no tensor, one is no batch, devices differ, or `rows` are no indices.
+        ValueError: There is no tensor, one is no batch or an empty one, devices differ, or `rows` are no indices.
         IndexError: On CPUs, an index is out of range; a CUDA device stops, as for PyTorch's own gathers.
     """
     if not tensors or any(t.ndim == 0 for t in tensors):
@@ -404,6 +406,8 @@ def reindex(tensors: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     _one_device(**{f"tensors[{k}]": t for k, t in enumerate(tensors)}, rows=rows)
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows must be int64 [n], not {rows.dtype} {list(rows.shape)}")
+    if len(rows) and not all(map(len, tensors)):
+        raise ValueError(f"tensors must have rows where {len(rows)} are chosen, not {next(list(t.shape) for t in tensors if not len(t))}")
     made: list[Tensor] = _reindex(list(tensors), rows)
     return made
 

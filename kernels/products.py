@@ -30,34 +30,43 @@ def int_product(x: Tensor, weight: Tensor) -> Tensor:
 def padded_product(x: Tensor, weight: Tensor) -> Tensor:
     """`int_product` of operands with zeros added up to 32 rows and to multiples of 8 in both other sizes."""
     rows, columns, out = len(x), x.shape[1], len(weight)
-    x = F.pad(x, (0, -columns % 8, 0, max(0, 32 - rows)))
-    weight = F.pad(weight, (0, -columns % 8, 0, -out % 8))
+    x = _padded(x, max(0, 32 - rows), -columns % 8)
+    weight = _padded(weight, -out % 8, -columns % 8)
     return torch._int_mm(x.contiguous(), weight.contiguous().t())[:rows, :out]
 
 
-def scaled_product(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """float32 [rows, out]: `int_product`, times `factor` float32 [out].
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """With as many more of both; the matrix itself where that is none, of which torch would make a copy."""
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
+def scaled_product(x: Tensor, weight: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
+    """float32 [rows, out]: `int_product`, times `factor` float32 [out], plus `shift` float32 [out], each rounded.
 
     On CPUs a weight is laid out at its second product as oneDNN reads it, and kept so (once more its memory) as long as it lives and is
     not changed: that takes longer than many products, and `torch._int_mm` does some of it every time.
     """
     if torch.compiler.is_compiling():
-        made: Tensor = _scaled_product_op(x, weight, factor)
+        made: Tensor = _scaled_product_op(x, weight, factor, shift)
         return made
     packed = _as_packed(weight) if x.device.type == "cpu" and _pays(len(x), *weight.shape) and packs() else None
     if packed is None:
-        return int_product(x, weight).to(torch.float32).mul_(factor)
-    return _packed_product(x, packed, factor)
+        y = int_product(x, weight).to(torch.float32).mul_(factor)
+    elif shift is not None and shifts():
+        return _packed_product(x, packed, factor, shift)
+    else:
+        y = _packed_product(x, packed, factor)
+    return y if shift is None else y.add_(shift)
 
 
 @torch.library.custom_op("hasten::scaled_product", mutates_args=())
-def _scaled_product_op(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+def _scaled_product_op(x: Tensor, weight: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
     """Hides from compilers what is remembered of weights."""
-    return scaled_product(x, weight, factor)
+    return scaled_product(x, weight, factor, shift)
 
 
 @_scaled_product_op.register_fake
-def _(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
     return factor.new_empty(len(x), len(weight))
 
 
@@ -70,10 +79,10 @@ def _pays(rows: int, out: int, columns: int) -> bool:
     return rows > 1 and columns >= PACKED_COLUMNS and rows * out * columns >= PACKED_WORK
 
 
-def _packed_product(x: Tensor, packed: Tensor, factor: Tensor) -> Tensor:
+def _packed_product(x: Tensor, packed: Tensor, factor: Tensor, shift: Tensor | None = None) -> Tensor:
     zero = torch.zeros(len(factor), dtype=torch.int64)
     made: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x.contiguous(), 1.0, 0, packed, factor, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        x.contiguous(), 1.0, 0, packed, factor, zero, shift, 1.0, 0, torch.float32, "none", [], ""
     )
     return made
 
@@ -101,6 +110,16 @@ def packs() -> bool:
         return _exact(lambda x, weight: _packed_product(x, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(len(weight))))
     except RuntimeError:  # a build without oneDNN's quantised layers
         return False
+
+
+@cache
+def shifts() -> bool:
+    """Whether oneDNN's products round before they are shifted, as everything else here does, and not only afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-128, 128, (n, 256), generator=generator).to(torch.int8) for n in (32, 512))
+    factor, shift = (torch.rand(512, generator=generator) for _ in range(2))
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    return torch.equal(_packed_product(x, packed, factor, shift), _packed_product(x, packed, factor).add_(shift))
 
 
 @cache

@@ -156,7 +156,7 @@ def quantise_fixed(x: Tensor, grid: Grid) -> Tensor:
         int8 of x's shape; what is not a number becomes 0.
     """
     factor = (grid.scale if grid.smooth is None else grid.scale * grid.smooth).reciprocal()
-    return (x.float() * factor + grid.zero).round().nan_to_num(0.0).clamp(-128, 127).to(torch.int8)
+    return (x.float() * factor).add_(grid.zero).round_().nan_to_num_(0.0).clamp_(-128, 127).to(torch.int8)
 
 
 def int8_linear(x: Tensor, weight: Weight, grid: Grid | None = None, fix: Fix | None = None, activation: str = "none") -> Tensor:
@@ -184,8 +184,10 @@ def int8_linear(x: Tensor, weight: Weight, grid: Grid | None = None, fix: Fix | 
         shift = shift + weight.bias.float()
     if fix is not None:
         factor, shift = factor * fix.scale, shift * fix.scale + fix.shift
-    y = scaled_product(values, weight.values, factor)
-    y = (y if row_scale is None else y.mul_(row_scale)).add_(shift)  # not addcmul: whether that rounds the product depends on its build
+    if row_scale is None:
+        y = scaled_product(values, weight.values, factor, shift)
+    else:  # not addcmul: whether that rounds the product depends on its build
+        y = scaled_product(values, weight.values, factor).mul_(row_scale).add_(shift)
     if activation == "silu":
         y = F.silu(y)
     elif activation != "none":

@@ -1,17 +1,23 @@
-"""Decisions a step ahead: what a decider would say of the next step is worked out on the device while this one ends.
+"""Decisions a step ahead: what a decider would say of the next step is worked out on the device as soon as this one's proxy is known.
 
 The proxies of two steps tell where they are heading. A decider judges the one it will see next, on their straight line, and its verdict
-travels to the host in the background; when the next step asks, it has long arrived. A jerk is noticed one step late.
+travels to the host while the device is busy with the rest of the step. Whoever asks for it waits for that much of the device's queue, and
+never for its end. A jerk is noticed one step late.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hasten.accelerators.caching.state import moved
+
+
+def sent(values: Sequence[bool | int | float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A few values on a device, without waiting for it: from memory that is not pinned, a copy waits for all that is queued."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class Ahead:

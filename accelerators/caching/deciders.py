@@ -12,10 +12,9 @@ from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from hasten.accelerators.caching.ahead import Ahead
+from hasten.accelerators.caching.ahead import Ahead, sent
 from hasten.accelerators.caching.forward import CHANGED, Collector, Finite, Given, Recompute, Spare, argument, pass_on
 from hasten.accelerators.caching.offsets import add_offsets
 from hasten.accelerators.caching.plan import Action, Plan, PlanError
@@ -39,7 +38,7 @@ class Decider(Protocol):
         back: Blocks at the end that are always computed.
         proxy: What it looks at: "residual", the offset of the front blocks on the first stream; "modulated", what the first block's
             attention is given.
-        ahead: Whether it judges the proxy that the two steps before lead to, so that no step waits for the device.
+        ahead: Whether it judges the proxy that the two steps before lead to, so that the device never waits for the host.
     """
 
     @property
@@ -184,7 +183,6 @@ class DecidedForward:
         """Rows that are computed and rows that are reused, where they differ."""
         self.front = Collector(Span(0, branch.decider.front, step))
         self.collectors: dict[tuple[int, int], Collector] = {}
-        self.proxy: Tensor | None = None
         self.sums: dict[tuple[int, int], dict[int, Tensor]] = {}
         self.ends = {}
         for span in branch.spans:
@@ -237,8 +235,8 @@ class DecidedForward:
             wanted = [bool(row) for row in decider.rows[:, self.step]]
             self._settle(wanted, entered)
             return
-        self.proxy = self._residual() if decider.proxy == "residual" else self._modulated(block, call, args, kwargs, entered)
-        if self.proxy is None or self.proxy.shape[0] != count:
+        proxy = self._residual() if decider.proxy == "residual" else self._modulated(block, call, args, kwargs, entered)
+        if proxy is None or proxy.shape[0] != count:
             self._settle([False] * count, entered)
             return
         known = bool(branch.values) and all(value[0].shape[0] == count for value in ([*v.values()] for v in branch.values.values()))
@@ -247,7 +245,7 @@ class DecidedForward:
             if decider.ahead:
                 wanted = branch.ahead.verdict(self.step, count)
             else:
-                wanted = decider.reuse(self.step, self.proxy, branch.memory).tolist()  # the one synchronisation of a step
+                wanted = decider.reuse(self.step, proxy, branch.memory).tolist()  # here the host waits for the device
         elif self.doubt is not None and known:
             self.reasons.append(f"{block.path}: {self.doubt}")
         if any(m.shape[0] != count for m in branch.memory.values()):
@@ -257,6 +255,15 @@ class DecidedForward:
             wanted = [False] * count
             branch.clear()
         self._settle(wanted, entered)
+        self._learn(decider, proxy.detach())
+
+    def _learn(self, decider: Decider, proxy: Tensor) -> None:
+        """Now, and not at the end of the step: a verdict ahead is then on its way while the blocks that follow keep the device busy."""
+        assert self.rows is not None
+        memory, following = self.branch.memory, self.step + 1
+        decider.learn(self.step, proxy, sent([not row for row in self.rows], proxy.device), memory)
+        if decider.ahead:
+            self.branch.ahead.foretell(following, proxy, lambda expected: decider.reuse(following, expected, memory))
 
     def _settle(self, wanted: list[bool], entered: Tensor) -> None:
         if any(wanted) and any(span not in self.branch.values for span in self.branch.spans):
@@ -264,8 +271,8 @@ class DecidedForward:
             wanted = [False] * len(wanted)
         self.rows = wanted
         if any(wanted) and not all(wanted):
-            mask = torch.tensor(wanted)
-            self.index = (~mask).nonzero()[:, 0].to(entered.device), mask.nonzero()[:, 0].to(entered.device)
+            rows = [[i for i, reused in enumerate(wanted) if reused == kind] for kind in (False, True)]
+            self.index = sent(rows[0], entered.device), sent(rows[1], entered.device)
 
     def _residual(self) -> Tensor | None:
         """The offset of the front blocks on their first stream."""
@@ -376,13 +383,6 @@ class DecidedForward:
             old = branch.values[span]
             mixed = {stream: read(old[stream]).index_copy(0, self.index[0], part) for stream, part in sums.items()}
             branch.values[span] = {stream: branch.pack(t) for stream, t in mixed.items()}
-        if self.proxy is not None and not isinstance(branch.decider, Recorded):
-            computed = torch.tensor([not row for row in self.rows]).to(self.proxy.device)
-            decider, proxy = branch.decider, self.proxy.detach()
-            decider.learn(self.step, proxy, computed, branch.memory)
-            if decider.ahead:
-                step = self.step + 1
-                branch.ahead.foretell(step, proxy, lambda expected: decider.reuse(step, expected, branch.memory))
 
     def executed(self, planned: np.ndarray) -> np.ndarray:
         """[sites], or [sites, rows] where rows decided differently."""

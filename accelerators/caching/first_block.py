@@ -18,8 +18,8 @@ from hasten.accelerators.caching.trace import Trace
 
 @dataclass(frozen=True)
 class FirstBlock:
-    """A decider: it looks at activations, so there is one synchronisation a step, or none with `ahead`. Its recorded plan
-    replays without.
+    """A decider: it looks at activations, so at every step the host waits until the device has come there; with `ahead`, only until
+    it has come there in the step before, and the device never runs dry. Its recorded plan replays without.
 
     Attributes:
         threshold: Least relative L1 drift at which a row is computed (cache-dit's default for DBCache; FBCache on FLUX uses 0.05 to 0.12).
@@ -27,8 +27,8 @@ class FirstBlock:
         back: Blocks at the end that always run.
         warmup: Steps at the start that are computed: a fraction of all or a count (cache-dit's default is 8).
         max_continuous: Most reused steps in a row; None for no limit (cache-dit's default).
-        ahead: Decides each step by where the two before it lead, while they end: no step waits for the device, and a jerk of the
-            activations is noticed one step late.
+        ahead: Decides each step by where the two before it lead, while the later of them still runs; a jerk of the activations is
+            noticed one step late.
 
     Raises:
         ValueError: A value is out of range.

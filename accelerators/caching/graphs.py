@@ -30,6 +30,7 @@ from hasten.accelerators.caching.forward import BlockState, BranchState, Forward
 from hasten.accelerators.caching.parts import PartForward, PartState
 from hasten.accelerators.caching.segments import Span
 from hasten.accelerators.dispatch import compiled_whole
+from hasten.kernels import backend
 
 LIMIT = 16
 """Most graphs kept for a denoiser, unless told."""
@@ -396,7 +397,10 @@ class Watch:
     _DEPTH = 3
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self.holders: list[tuple[dict[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = []
+        # Attribute by attribute, in three lists: to look at thousands of them before every call has to be quick.
+        self.holders: list[dict[Any, Any]] = []
+        self.keys: list[Any] = []
+        self.values: list[Any] = []
         self.lists: list[tuple[Any, tuple[Any, ...]]] = []
         self.tensors: list[Tensor] = []
         self.reason: str | None = None
@@ -415,50 +419,50 @@ class Watch:
             self._add(vars(module), 0, tuple(key for key in vars(module) if key not in self._NOT))
             for own in (module._parameters, module._buffers, module._modules):
                 self._add(own, 0)
-        self.addresses = list(map(_address, self.tensors))
+        # Of subclasses nobody knows whether they have an address.
+        self.plain = [tensor for tensor in self.tensors if type(tensor) in (Tensor, nn.Parameter)]
+        self.addresses = list(map(Tensor.data_ptr, self.plain))
 
     def _add(self, holder: dict[Any, Any], depth: int, keys: tuple[Any, ...] | None = None) -> None:
         keys = tuple(holder) if keys is None else keys
         if id(holder) in self._seen or not keys:
             return
         self._seen.add(id(holder))
-        self.holders.append((holder, keys, tuple(map(holder.get, keys))))
-        for value in self.holders[-1][2]:
+        values = list(map(holder.get, keys))
+        self.holders += [holder] * len(keys)
+        self.keys += keys
+        self.values += values
+        for value in values:
             if isinstance(value, Tensor):
                 self.tensors.append(value)
             elif isinstance(value, dict):
                 self._add(value, depth + 1)
             elif isinstance(value, list | set | tuple):
-                self.lists.append((value, tuple(value)))
+                if not isinstance(value, tuple):  # those never change
+                    self.lists.append((value, tuple(value)))
                 self.tensors += [entry for entry in value if isinstance(entry, Tensor)]
             elif hasattr(value, "__dict__") and not isinstance(value, self._CLOSED) and depth < self._DEPTH:
                 self._add(vars(value), depth + 1)
 
     def unchanged(self) -> bool:
         """Whether all of it is as it was."""
-        for holder, keys, values in self.holders:
-            now = tuple(map(holder.get, keys))
-            if not all(map(operator.is_, now, values)) and not all(map(_alike, now, values)):
-                return False
+        now = list(map(dict.get, self.holders, self.keys))
+        if not all(map(operator.is_, now, self.values)) and not all(map(_alike, now, self.values)):
+            return False
         if any(len(now) != len(then) or not all(map(operator.is_, now, then)) for now, then in self.lists):
             return False
-        return list(map(_address, self.tensors)) == self.addresses
+        return list(map(Tensor.data_ptr, self.plain)) == self.addresses
 
     def same(self, other: Watch) -> bool:
         """Whether it is of the same modules and attributes as an earlier one, and these are unchanged."""
-        if self.compiled != other.compiled or len(self.holders) != len(other.holders):
+        if self.compiled != other.compiled or len(self.holders) != len(other.holders) or self.keys != other.keys:
             return False
         # A model of the same make has dictionaries of its own.
-        pairs = zip(self.holders, other.holders, strict=True)
-        return all(now[0] is then[0] and now[1] == then[1] for now, then in pairs) and other.unchanged()
+        return all(map(operator.is_, self.holders, other.holders)) and other.unchanged()
 
 
 def _alike(now: Any, then: Any) -> bool:
     return now is then or (type(now) is type(then) and type(now) in PLAIN and now == then)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0  # subclasses may have none
 
 
 # ----------------------------------------------------------------------------------------------------------- the graphs
@@ -699,6 +703,7 @@ class Graphs:
             torch.is_inference_mode_enabled(),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
             torch.are_deterministic_algorithms_enabled(),
+            backend.usable(tensors[0].device),
         )
 
     def _wanted(self, key: Hashable) -> bool:

@@ -41,7 +41,7 @@ from hasten.accelerators.caching.trace import (
     weight_facts,
 )
 from hasten.accelerators.dispatch import Call, Handler, compiled_whole, intercept
-from hasten.accelerators.fused_blocks import fused_blocks
+from hasten.accelerators.fused_blocks import fused_handlers
 from hasten.accelerators.quantization.int8 import Quantised
 
 TraceKey = tuple[tuple[int, ...], torch.dtype]
@@ -201,7 +201,7 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(intercept({self.denoiser: self._on_denoiser}))
             stack.enter_context(named_contexts(self.denoiser, self))
-            stack.enter_context(fused_blocks(self.denoiser))
+            stack.enter_context(intercept(fused_handlers(self.denoiser)))
             self._stack = stack.pop_all()
         return self
 
@@ -464,7 +464,7 @@ class Session:
                     return call(*args, **kwargs)
             self._forward = passing
             try:
-                with intercept({self.denoiser: self._on_denoiser, **self._layers, **passing.handlers()}):
+                with intercept({self.denoiser: self._on_denoiser, **self._layers}), intercept(passing.handlers(), around=True):
                     out = call(*args, **kwargs)
                 passing.finish()
                 return out
@@ -551,7 +551,7 @@ class Session:
     def _clock(self, latents: Tensor) -> Any:
         if latents.is_cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(latents.device))
             return event
         return time.perf_counter()
 
@@ -569,8 +569,8 @@ class Session:
     def _finish(self) -> None:
         report = self.report
         if self._events:
-            torch.cuda.synchronize()
             for step, begin, end in self._events:
+                end.synchronize()
                 self._step_seconds[step] += begin.elapsed_time(end) / 1e3
             self._ended = time.perf_counter()
         report.trace, report.planned = self.trace, self._plan

@@ -36,7 +36,7 @@ class Packed:
     @classmethod
     def of(cls, tensor: Tensor, kind: str) -> Packed:
         """Packs a tensor [..., channels]. A row that is not finite has a scale that is not finite."""
-        quantise = ops.quantise_rows if fuses(tensor) else reference.quantise_rows
+        quantise = ops.quantise_rows if tensor.dtype in ops.STREAMS and fuses(tensor) else reference.quantise_rows
         return cls(*quantise(tensor, kind), tensor.dtype)
 
     @property
@@ -87,7 +87,9 @@ class Packer:
 
     def difference(self, after: Tensor, before: Tensor) -> Packed | None:
         """`after - before`, subtracted and packed in one pass; None where no fused kernel does that."""
-        if self.kind is None or not self._packs(after) or after.dtype != before.dtype or not fuses(after, before):
+        if self.kind is None or not self._packs(after) or after.dtype not in ops.STREAMS or after.dtype != before.dtype:
+            return None
+        if not fuses(after, before):
             return None
         values, scale = ops.delta_store(after, before, self.kind)
         assert scale is not None

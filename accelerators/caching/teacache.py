@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hasten.accelerators.caching.ahead import sent
 from hasten.accelerators.caching.deciders import Memory, relative_l1, tail_plan
 from hasten.accelerators.caching.plan import Plan
 from hasten.accelerators.caching.trace import Trace
@@ -44,8 +45,8 @@ PRESETS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class TeaCache:
-    """A decider: it looks at activations, so there is one synchronisation a step, or none with `ahead`. Its recorded plan
-    replays without.
+    """A decider: it looks at activations, so at every step the host waits until the device has come there; with `ahead`, only until
+    it has come there in the step before, and the device never runs dry. Its recorded plan replays without.
 
     Attributes:
         threshold: Estimated change at which a row is computed (published for FLUX: .25 for 1.5x, .4 for 1.8x, .6 for 2.0x, .8 for 2.25x).
@@ -53,8 +54,8 @@ class TeaCache:
             default. Increments are clamped at 0.
         knots: (change of the proxy, change of the output), ascending, in place of the polynomial: what `hasten.calibrate` fits. Held
             constant outside the fitted range.
-        ahead: Decides each step by where the two before it lead, while they end: no step waits for the device, and a jerk of the
-            activations is noticed one step late.
+        ahead: Decides each step by where the two before it lead, while the later of them still runs; a jerk of the activations is
+            noticed one step late.
 
     Raises:
         ValueError: A value is out of range, or there is no such preset.
@@ -92,7 +93,7 @@ class TeaCache:
     def estimate(self, change: Tensor) -> Tensor:
         """The output's relative change for the proxy's, never negative."""
         if self.knots:
-            x, y = (torch.tensor(column, device=change.device, dtype=change.dtype) for column in zip(*self.knots, strict=True))
+            x, y = (sent(column, change.device, change.dtype) for column in zip(*self.knots, strict=True))
             at = torch.searchsorted(x, change).clamp(1, len(x) - 1)
             share = ((change - x[at - 1]) / (x[at] - x[at - 1]).clamp_min(1e-12)).clamp(0, 1)
             return y[at - 1] + share * (y[at] - y[at - 1])

@@ -538,7 +538,7 @@ def trace_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             new_kwargs[position] = value
         synchronise(latents)
         began = time.perf_counter()
-        with torch.no_grad(), intercept(watcher.handlers() if watcher is not None else {}):
+        with torch.no_grad(), intercept(watcher.handlers() if watcher is not None else {}, around=True):
             denoiser(*new_args, **new_kwargs)
         synchronise(latents)
         return time.perf_counter() - began
@@ -550,7 +550,7 @@ def trace_module(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         deep = deep_branch(denoiser)
         if deep is not None:
             clock = LayerClock(denoiser, deep)
-            with intercept(clock.handlers()):
+            with intercept(clock.handlers(), around=True):
                 run(latents.clone(), None)
             deep = clock.timed(seconds)
     return replace(_assemble(denoiser, first, second, seconds, latents), deep=deep)

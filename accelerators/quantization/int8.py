@@ -232,7 +232,7 @@ class _QuantLayer(nn.Module):
         """float32 [rows, out] from int8 [rows, in]: the integer product, dequantised, corrected, with bias."""
         scale = scale * self.scale
         scale, shift = self._corrected(scale, -scale * zero * self.sums)
-        return scaled_product(rows, self.integers(), scale).add_(shift)
+        return scaled_product(rows, self.integers(), scale, shift)
 
     def _float_affine(self, y: Tensor) -> Tensor:
         """Correction and bias for a float32 product [..., out]."""

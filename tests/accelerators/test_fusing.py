@@ -25,7 +25,7 @@ from hasten.accelerators.decoding.statistics import Sampling, measure
 from hasten.accelerators.quantization import int8
 from hasten.accelerators.quantization.int8 import QuantLinear
 from hasten.accelerators.quantization.ranges import Step
-from hasten.kernels import ops
+from hasten.kernels import backend, ops
 from tests.families import PIPELINES, run
 
 PLACES = (state, offsets, deciders, statistics, int8)
@@ -64,13 +64,17 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 def test_what_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fusing.fuses(torch.zeros(2))
-    on_gpu: Any = SimpleNamespace(is_cuda=True, requires_grad=False, device="cuda:0")
-    other: Any = SimpleNamespace(is_cuda=True, requires_grad=False, device="cuda:1")
-    learning: Any = SimpleNamespace(is_cuda=True, requires_grad=True, device="cuda:0")
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    on_gpu: Any = SimpleNamespace(requires_grad=False, device=first)
+    other: Any = SimpleNamespace(requires_grad=False, device=second)
+    learning: Any = SimpleNamespace(requires_grad=True, device=first)
     assert fusing.fuses(on_gpu) and fusing.fuses(on_gpu, learning)
     with torch.enable_grad():
         assert not fusing.fuses(on_gpu, learning)
     assert not fusing.fuses(on_gpu, other) and not fusing.fuses(on_gpu, torch.zeros(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(backend.of_device(0), "broken", "no compiler")
+        assert not fusing.fuses(on_gpu) and fusing.fuses(other), "what does not work is not asked again"
     monkeypatch.setenv("HASTEN_KERNELS", "reference")
     assert not fusing.fuses(on_gpu)
 

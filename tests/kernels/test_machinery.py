@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,38 @@ def test_a_machine_without_a_driver_says_so(tmp_path: Path) -> None:
         Driver(tmp_path / "libcuda.so.1")
 
 
+def test_a_thread_without_a_context_is_given_the_devices(machine: Machine) -> None:
+    """As a thread of a server is whose first work is a launch."""
+    backend, x = machine.backend_of_its_own(), torch.randn(2, 3, 8)
+    before = machine.library.shim_retained()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fused.delta_apply, backend, x, x).result().equal(x + x)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(fused.delta_apply, backend, x, x).result().equal(x + x)
+    assert machine.library.shim_retained() == before + 1
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DriverError, match="cuModuleLoadData failed: invalid device context"):
+        pool.submit(Driver(machine.path, device=7).load, IMAGE).result()
+
+
+def test_what_the_driver_refuses_for_once_is_tried_again(machine: Machine) -> None:
+    x, refusing = torch.randn(2, 3, 8), 0
+
+    def make() -> Kernels:
+        return Kernels(Driver(machine.path), lambda source, again: b"no memory" if refusing else IMAGE)
+
+    backend = Backend(make, lambda: 0)
+    refusing = 1
+    with pytest.warns(RuntimeWarning, match="one of hasten's kernels did not run, PyTorch's was used: cuModuleLoadData failed"):
+        assert fused.delta_apply(backend, x, x) is None
+    refusing = 0
+    assert fused.delta_apply(backend, x, x) is not None
+    refusing = 1
+    with pytest.warns(RuntimeWarning) as said:
+        for _ in range(5):
+            assert fused.reindex(backend, [x], torch.tensor([1])) is None
+    assert len(said) == 3 and "kernels are off" in str(said[-1].message) and backend.broken
+
+
 def test_the_drivers_words_reach_the_user(machine: Machine) -> None:
     driver = Driver(machine.path)
     module = driver.load(IMAGE)
@@ -161,6 +194,15 @@ def test_the_reference_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert backend.wanted()
     monkeypatch.setenv("HASTEN_KERNELS", "reference")
     assert not backend.wanted()
+    monkeypatch.setenv("HASTEN_KERNELS", "off")
+    with pytest.raises(ValueError, match="HASTEN_KERNELS must be 'reference' or not set, not 'off'"):
+        backend.wanted()
+    monkeypatch.delenv("HASTEN_KERNELS")
+    assert not backend.usable(torch.device("cpu")) and backend.usable(torch.device("cuda", 3))
+    monkeypatch.setattr(backend.of_device(3), "broken", "no compiler")
+    assert not backend.usable(torch.device("cuda", 3))
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert not backend.usable(torch.device("cuda", 0))
 
 
 def test_kernels_refuse_what_they_would_get_wrong(machine: Machine) -> None:

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from hasten.kernels import nvrtc
 from hasten.kernels.cubins import HEADERS, SOURCES, Cubins, source_text
 from hasten.kernels.nvrtc import CompileError, Compiler
 from hasten.kernels.report import ARCHITECTURES
@@ -66,6 +68,17 @@ def test_the_compilers_words_reach_the_user(compiler: Compiler) -> None:
         compiler.compile("int f( {", "broken.cu", "sm_80", {})
     with pytest.raises(CompileError, match="for sm_12345"):
         compiler.compile(source_text("apply.cu"), "apply.cu", "sm_12345", {name: source_text(name) for name in HEADERS})
+
+
+@pytest.mark.parametrize(("cuda", "wanted"), [("12.8", "libnvrtc.so.12"), ("13.0", "libnvrtc.so.13"), (None, "libnvrtc.so.13")])
+def test_of_several_compilers_torchs_own_is_taken(cuda: str | None, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, name in (("cu13", "libnvrtc.so.13"), ("cuda_nvrtc", "libnvrtc.alt.so.12"), ("cuda_nvrtc", "libnvrtc.so.12")):
+        (tmp_path / folder / "lib").mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "lib" / name).touch()
+    monkeypatch.setattr(nvrtc, "_folders", lambda package: [tmp_path])
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = nvrtc.find_nvrtc()
+    assert found is not None and found.name == wanted
 
 
 def test_a_library_that_is_none_is_no_compiler(tmp_path: Path) -> None:

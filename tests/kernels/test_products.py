@@ -42,6 +42,17 @@ def test_products_are_exact_for_every_size(seed: int, rows: int, columns: int, o
             patch.setattr(products, "_pays", lambda *sizes, pays=pays: pays)
             for _ in range(3):  # at first sight, packed, and from what is kept
                 assert torch.equal(scaled_product(x, weight, factor), exact.float() * factor)
+                assert torch.equal(scaled_product(x, weight, factor, -factor), exact.float() * factor - factor)
+
+
+def test_nothing_is_copied_that_needs_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large weight's copy takes as long as its product."""
+    x, weight, _ = drawn(0, 64, 48, 24)
+    taken: list[Tensor] = []
+    product = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *operands: taken.extend(operands) or product(*operands))
+    padded_product(x, weight)
+    assert [tensor.data_ptr() for tensor in taken] == [x.data_ptr(), weight.data_ptr()]
 
 
 def test_small_products_are_not_packed() -> None:

@@ -132,7 +132,8 @@ def test_a_row_measures_the_same_alone_and_in_a_batch(machine: Machine) -> None:
 @given(
     rows=st.integers(1, 3), width=st.integers(1, 20), vocabulary=st.sampled_from([9, 64]), seed=seeds,
     threshold=st.sampled_from([0.2, 0.6, 2.0]),
-    minimum=st.integers(0, 5), score=st.sampled_from(["low_confidence", "margin", "entropy"]), bounded=st.booleans(), ties=st.booleans(),
+    minimum=st.one_of(st.integers(0, 5), st.just(2**40)),
+    score=st.sampled_from(["low_confidence", "margin", "entropy"]), bounded=st.booleans(), ties=st.booleans(),
 )  # fmt: skip
 def test_commits_are_those_of_a_threshold(
     machine: Machine, rows, width, vocabulary, seed, threshold, minimum, score, bounded, ties

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import hasten
+from hasten.accelerators.caching.ahead import Ahead
 from hasten.accelerators.caching.plan import PlanError
 from hasten.accelerators.caching.runtime import attach
 from hasten.accelerators.caching.teacache import PRESETS, isotonic
@@ -164,6 +165,25 @@ def test_a_verdict_that_came_ahead_knows_nothing_of_its_own_step(name: str) -> N
     if smooth.ndim == 2:
         smooth = smooth[:, 3]
     assert np.array_equal(jerked[:6], smooth[:6]) and smooth[5] == 1 and jerked[6] == 0
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_a_verdict_is_on_its_way_before_the_blocks_that_follow_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a device would have nothing left to do when the host asks for it."""
+    net, x = chain(5), inputs()
+    order: list[str] = []
+    foretell = Ahead.foretell
+
+    def noted(*args: Any) -> None:
+        order.append("foretold")
+        foretell(*args)
+
+    _, report = sample(net, DECIDERS[name], x)
+    monkeypatch.setattr(Ahead, "foretell", noted)
+    net.blocks[4].register_forward_pre_hook(lambda _, args: order.append("tail"))
+    with attach(net, DECIDERS[name], num_inference_steps=STEPS, trace=report.trace) as session, session.step(0):
+        net(x[0])
+    assert order == ["foretold", "tail"]
 
 
 @pytest.mark.parametrize("name", AHEAD)

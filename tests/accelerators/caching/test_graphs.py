@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hasten
+from hasten.accelerators import fused_blocks
 from hasten.accelerators.caching import graphs as module
 from hasten.accelerators.caching.compose import Composed
 from hasten.accelerators.caching.graphs import CudaCapture, Graphs, flatten, unflatten
@@ -191,6 +192,32 @@ def test_another_resolution_has_graphs_of_its_own() -> None:
     for changes in ({}, large):
         assert torch.equal(run(plain, call, **changes), run(fast, call, **changes))
     assert graphs.direct == before and not len(graphs) % 2
+
+
+@pytest.mark.parametrize("name", ["pixart delta-dit", "pixart fora", "flux forecast", "wan delta-dit"])
+def test_fused_blocks_are_captured_once_and_replayed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_blocks, "at_hand", lambda: True)
+    monkeypatch.setattr(fused_blocks, "LEAST", 1)
+    monkeypatch.setattr(fused_blocks, "fuses", lambda *tensors: True)
+    plain, fast, call = both(*CASES[name])
+    for _ in range(3):
+        assert torch.equal(run(plain, call), run(fast, call)) and not fast.report.warnings
+    graphs = graphs_in(fast)
+    before = graphs.captured, graphs.direct
+    run(fast, call)
+    assert (graphs.captured, graphs.direct) == before and graphs.captured == len(graphs)
+
+
+def test_kernels_that_are_turned_off_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast, call = both(*CASES["pixart delta-dit"])
+    for _ in range(3):
+        run(fast, call)
+    graphs = graphs_in(fast)
+    before = graphs.captured
+    monkeypatch.setattr(module.backend, "usable", lambda device: True)
+    for _ in range(2):
+        run(fast, call)
+    assert graphs.captured == 2 * before == len(graphs)
 
 
 # ----------------------------------------------------------------------------------------------------------- the bound

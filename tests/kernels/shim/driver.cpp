@@ -186,12 +186,20 @@ const char* shim_name(unsigned index) {
   return k ? k->name : nullptr;
 }
 
+// A thread has no context until it is given one, as on a GPU.
+static thread_local void* context;
+static int retained;
+int shim_retained() { return retained; }
 int cuInit(unsigned) { return 0; }
+int cuDeviceGet(int* device, int ordinal) { return ordinal == 7 ? 101 : (*device = ordinal, 0); }
+int cuDevicePrimaryCtxRetain(void** made, int) { return ++retained, *made = (void*)1, 0; }
+int cuCtxSetCurrent(void* given) { return context = given, 0; }
 int cuGetErrorString(int code, const char** text) {
-  *text = code == 1 ? "invalid argument" : code == 200 ? "device kernel image is invalid" : code == 500 ? "named symbol not found" : error;
+  *text = code == 1 ? "invalid argument" : code == 201 ? "invalid device context" : code == 200 ? "device kernel image is invalid" : code == 500 ? "named symbol not found" : error;
   return 0;
 }
 int cuModuleLoadData(void** module, const void* image) {
+  if (!context) return 201;
   if (memcmp(image, "\x7f""ELF", 4)) return 200;
   *module = (void*)1;
   return 0;
@@ -204,6 +212,7 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*,
                    void** params, void** extra) {
+  if (!context) return 201;
   Kernel* kernel = (Kernel*)function;
   unsigned long long threads = (unsigned long long)bx * by * bz;
   if (!threads || threads > kernel->threads || !gx || gx > 0x7fffffffu || !gy || gy > 65535 || gz != 1 || bz != 1 || shared || extra) return 1;
