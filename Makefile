@@ -37,7 +37,7 @@ test: $(STAMP)  ## run the fast tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not slow"
 
 test-all: $(STAMP)  ## run every test, those that install packages or take minutes too
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 HASTEN_EXAMPLES=$${HASTEN_EXAMPLES:-50} $(BIN)/python -m pytest -q
 
 # No static tool knows of the __path__ line in src/hasten/__init__.py, by which a checkout finds its sub-packages. So mypy is
 # shown a folder of links in which `hasten` looks as it does when installed.

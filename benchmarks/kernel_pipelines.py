@@ -10,6 +10,7 @@ import gc
 import os
 import statistics
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -144,11 +145,13 @@ class Way:
         pipe: What is called.
         kernels: Whether the fused kernels may be used.
         peer: Another project's cache, put on for each run.
+        warmups: Runs that are not counted: with graphs three, after which all of them are made.
     """
 
     pipe: Any
     kernels: bool = True
     peer: Peer | None = None
+    warmups: int = 1
 
     @property
     def bound(self) -> float | None:
@@ -195,9 +198,10 @@ def ways_of(pipe: Any, planned: Plan) -> dict[str, Way]:
         "plain": Way(pipe),
         COMPUTED: Way(accelerate(pipe, ComputeAll())),
         "Delta-DiT": Way(accelerate(pipe, DeltaDiT())),
-        "Delta-DiT, graphs": Way(accelerate(pipe, DeltaDiT(), graphs=True)),
+        "Delta-DiT, graphs": Way(accelerate(pipe, DeltaDiT(), graphs=True), warmups=3),
+        "Delta-DiT, without kernels": Way(accelerate(pipe, DeltaDiT()), kernels=False),
         "planner": Way(accelerate(pipe, planned)),
-        "planner, graphs": Way(accelerate(pipe, planned, graphs=True)),
+        "planner, graphs": Way(accelerate(pipe, planned, graphs=True), warmups=3),
         "planner, without kernels": Way(accelerate(pipe, planned), kernels=False),
         "planner, int8 state": Way(eight),
         "planner, int8 state, without kernels": Way(eight, kernels=False),
@@ -206,48 +210,104 @@ def ways_of(pipe: Any, planned: Plan) -> dict[str, Way]:
     return ways | ({"cache-dit": Way(pipe, peer=peer)} if peer.version is not None else {})
 
 
-def time_pipeline(subject: Subject, device: torch.device, compiled: bool, rounds: int = 3, speedup: float = 2.0) -> list[dict[str, Any]]:
+class OutOfTime(RuntimeError):
+    """There is too little time left to measure something; the message says how much it needs."""
+
+
+def time_pipeline(
+    subject: Subject, device: torch.device, compiled: bool, deadline: float = float("inf"), rounds: int = 3, speedup: float = 2.0
+) -> list[dict[str, Any]]:
     """A row for each variant; the runs of all take turns.
 
     Args:
         subject: What is built; its memory is free again afterwards.
         device: Where it runs.
-        compiled: Compile blocks one by one and time that, too.
-        rounds: How often each runs, after three runs that are not counted: by then all graphs are made.
+        compiled: Compile blocks one by one and time that, too, if there is time left.
+        deadline: Of `time.monotonic`; nothing is begun that is expected to end after it.
+        rounds: How often each runs.
         speedup: What the planner is asked for.
 
     Raises:
+        OutOfTime: There is too little time for any of it.
         ValueError: That speed-up is out of reach.
     """
     pipe = build(subject, device)
-    planned = plan(pipe, PROMPTS, speedup=speedup, replays=1, batch=1, progress=False, **subject.call)
-    ways = ways_of(pipe, planned)
-    rows = _timed(subject, ways, device, rounds, "")
-    if compiled:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        # What cache-dit puts on does not go with blocks that were compiled before.
-        rows += _timed(subject, {name: way for name, way in ways.items() if way.peer is None}, device, rounds, ", compiled")
-    del pipe, ways
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    plain = rows[0]["seconds"]
-    return [{**row, "speedup": plain / row["seconds"]} for row in rows]
+    try:
+        plain = min(Way(pipe).timed(subject, device, r) for r in range(2))
+        # Ten ways or so, most of them twice as fast as the plain one, and what the planner tries.
+        whole = plain * (6 * (rounds + 2) + 12)
+        _fits(whole, deadline)
+        planned = plan(pipe, PROMPTS, speedup=speedup, replays=1, batch=1, progress=False, **subject.call)
+        ways = ways_of(pipe, planned)
+        rows = _timed(subject, ways, device, rounds, "")
+        if compiled:
+            try:
+                _fits(whole + COMPILING, deadline)
+                pipe.transformer.compile_repeated_blocks(fullgraph=True)
+                # What cache-dit puts on does not go with blocks that were compiled before.
+                rows += _timed(subject, {name: way for name, way in ways.items() if way.peer is None}, device, rounds, ", compiled")
+            except RuntimeError as error:  # the compiler's too: what was measured before is not lost
+                rows.append(not_run(subject, "compiled", error))
+        return [{**row, "speedup": rows[0]["seconds"] / row["seconds"] if row["seconds"] else None} for row in rows]
+    finally:
+        del pipe
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+COMPILING = 60.0
+"""Seconds that compiling the blocks of a pipeline is given."""
+
+
+def _fits(seconds: float, deadline: float) -> None:
+    """Raises OutOfTime where there are fewer."""
+    left = deadline - time.monotonic()
+    if seconds > left:
+        raise OutOfTime(f"about {seconds:.0f} s are needed, {max(left, 0.0):.0f} s are left")
+
+
+def not_run(subject: Subject, variant: str, error: Exception) -> dict[str, Any]:
+    """A row that says why there is no number."""
+    why = " ".join(str(error).partition(". ")[0].split())[:120]
+    return {"part": "pipelines", "name": subject.name, "variant": f"{variant}: not run, {why}", **dict.fromkeys(NUMBERS)}
+
+
+NUMBERS = ("seconds", "bound", "waits", "speedup")
 
 
 def _timed(subject: Subject, ways: Mapping[str, Way], device: torch.device, rounds: int, suffix: str) -> list[dict[str, Any]]:
+    waits: dict[str, int | None] = {}
+
     def variant(name: str, way: Way) -> Variant:
         def run(r: int) -> Timing:
             took = way.timed(subject, device, r)
             return Timing(took, took)
 
-        for r in range(3):
+        for r in range(way.warmups):
             run(r)
+        waits[name] = synchronisations(lambda: run(0), device)
         return Variant(name, run)
 
     timings = interleave([variant(name, way) for name, way in ways.items()], rounds)
     rows = []
     for name, way in ways.items():
         took = statistics.median(timing.seconds for timing in timings[name])
-        rows.append({"part": "pipelines", "name": subject.name, "variant": f"{name}{suffix}", "seconds": took, "bound": way.bound})
+        row = {"part": "pipelines", "name": subject.name, "variant": f"{name}{suffix}", "seconds": took, "bound": way.bound}
+        rows.append({**row, "waits": waits[name]})
     return rows
+
+
+def synchronisations(run: Callable[[], object], device: torch.device) -> int | None:
+    """How often the host waits for the device in a run, as far as PyTorch tells; None where there is no such device."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in said)

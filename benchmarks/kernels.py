@@ -3,13 +3,15 @@
     hasten bench kernels --json kernels.json
     python -m hasten.kernels.report --measured kernels.json    # puts it on docs/results/kernels.md
 
-Without a GPU only the int8 layer is measured, on the CPU. On one, every op is checked on inputs that are drawn anew against float64 and
-against what it means, its outputs poisoned before; then timed on the device beside a copy of as many bytes, beside the same work op by
-op, and beside that under torch.compile.
+Without a GPU the int8 layer is measured, and a denoiser in int8, on the CPU. On one, every op is checked on inputs that are drawn anew
+against float64 and against what it means, its outputs poisoned before; then timed on the device beside a copy of as many bytes, beside the
+same work op by op, and beside that under torch.compile; then whole pipelines. It ends within ten minutes: what does not fit in is left out,
+and what fails has a row that says why.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import statistics
 import sys
@@ -29,19 +31,18 @@ from hasten.benchmarks.harness import (
     BenchError,
     Note,
     Results,
-    bars_last,
     command_line,
     conduct,
     run_from_command_line,
     steady_memory,
-    table,
 )
-from hasten.benchmarks.kernel_pipelines import COMPUTED, PIPELINES, Subject, build, time_pipeline
+from hasten.benchmarks.kernel_pipelines import COMPUTED, PIPELINES, Subject, build, not_run, time_pipeline
 from hasten.kernels import backend as backends
-from hasten.kernels import ops, reference
+from hasten.kernels import ops, reference, report
 from hasten.kernels.arguments import Grid, Selection, Weight
 from hasten.kernels.backend import Backend
-from hasten.kernels.measure import NotRun, check, copy_bandwidth, timed
+from hasten.kernels.measure import check, copy_bandwidth, timed
+from hasten.kernels.nvrtc import Compiler
 from hasten.kernels.trials import DECODING, TRIALS, Draw, Size, Trial, mapped
 from hasten.pipelines.accelerated import accelerate
 from hasten.pipelines.calibration import calibrate
@@ -86,8 +87,8 @@ def execute(
         blocks, logits: Sizes on which they are timed, in bfloat16.
         pipelines: Names of `kernel_pipelines.PIPELINES`, or others like them.
         compiled: Time chains and pipelines under torch.compile, too.
-        minutes: After which no further pipeline is begun.
-        cached: Arguments of `cached_on_cpu`, once for each row.
+        minutes: Nothing is begun that is expected to end later; a third of them is for torch.compile of single ops.
+        cached: Arguments of `cached_on_cpu`, once for each row; not on a GPU, whose time that would take.
         device: The present CUDA device unless told.
         backend: Runs its kernels; needed with a device that is none.
         copied: Bytes that are copied to measure the bandwidth.
@@ -95,39 +96,38 @@ def execute(
     Raises:
         BenchError: There is a GPU, and its kernels do not run.
     """
+    began = time.monotonic()
     results = Results(NAME, False, settings={"device": None, "minutes": minutes}, rows=int8_on_cpu())
-    results.rows += [cached_on_cpu(**each) for each in cached]
-    if device is None:
-        if not torch.cuda.is_available():
-            print("no CUDA device was found: what needs a GPU is not measured", file=sys.stderr)
-            results.bars = bars_of(results.rows)
-            return results
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device is None and not torch.cuda.is_available():
+        print("no CUDA device was found: what needs a GPU is not measured", file=sys.stderr)
+        results.rows += [cached_on_cpu(**each) for each in cached]
+        results.bars = bars_of(results.rows)
+        return results
+    device = device or torch.device("cuda", torch.cuda.current_device())
     backend = backend or backends.of_device(device.index)
-    deadline = time.monotonic() + 60 * minutes
     seed = secrets.randbits(31)
     bandwidth = copy_bandwidth(device, copied)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     results.settings |= {"device": name, "bandwidth": bandwidth, "seed": seed}
-    try:
-        for trials, sizes in ((TRIALS, checked), (DECODING, checked_logits)):
-            done = note("checked", len(trials))
+    for trials, sizes in ((TRIALS, checked), (DECODING, checked_logits)):
+        done = note("checked", len(trials))
+        for trial in trials:
+            results.rows += [checks_of(trial, sizes, dtype, backend, device, seed) for dtype in DTYPES]
+            done()
+    if backend.broken is not None:
+        raise BenchError(f"no kernel runs here: {backend.broken}")
+    for trials, sizes in ((TRIALS, blocks), (DECODING, logits)):
+        done = note("timed", len(trials) * len(sizes))
+        for size in sizes:
             for trial in trials:
-                results.rows += [checks_of(trial, sizes, dtype, backend, device, seed) for dtype in DTYPES]
+                compiling = compiled and time.monotonic() < began + 20 * minutes
+                results.rows.append(times_of(trial, size, backend, device, bandwidth, compiling))
                 done()
-        for trials, sizes in ((TRIALS, blocks), (DECODING, logits)):
-            done = note("timed", len(trials) * len(sizes))
-            for size in sizes:
-                for trial in trials:
-                    results.rows.append(times_of(trial, size, backend, device, bandwidth, compiled))
-                    done()
-        results.rows += [scheduler_beside(size, backend, device) for size in logits]
-    except NotRun as error:
-        raise BenchError(str(error)) from None
+    results.rows += [scheduler_beside(size, backend, device) for size in logits]
     done = note("pipelines", len(pipelines))
     for chosen in pipelines:
-        if time.monotonic() < deadline:
-            results.rows += pipelines_of(PIPELINES[chosen] if isinstance(chosen, str) else chosen, device, compiled)
+        subject = PIPELINES[chosen] if isinstance(chosen, str) else chosen
+        results.rows += pipelines_of(subject, device, compiled, began + 60 * minutes)
         done()
     results.bars = bars_of(results.rows)
     return results
@@ -190,35 +190,52 @@ def cached_on_cpu(subject: Subject = PIPELINES["PixArt-alpha-XL"], side: int = 2
 
 
 def checks_of(trial: Trial, sizes: Sequence[Size], dtype: torch.dtype, backend: Backend, device: torch.device, seed: int) -> dict[str, Any]:
-    """A row: the worst of all sizes."""
-    found = [check(trial, size, dtype, backend, device, seed + k) for k, size in enumerate(sizes)]
+    """A row: the worst of all sizes, or why there is none."""
+    row = {"part": "checks", "name": trial.name, "dtype": str(dtype).removeprefix("torch."), "exact": trial.exact}
+    try:
+        found = [check(trial, size, dtype, backend, device, seed + k) for k, size in enumerate(sizes)]
+    except RuntimeError as error:  # one that fails costs no other its result
+        return {**row, "name": _with(trial, error), "size": list(sizes[0]), "error": math.inf, "unlike": 0, "right": False}
     worst = max(found, key=lambda one: (not one.right, one.error))
-    return {"part": "checks", **asdict(worst), "size": list(worst.size), "unlike": sum(one.unlike for one in found), "exact": trial.exact}
+    return {**row, **asdict(worst), "size": list(worst.size), "unlike": sum(one.unlike for one in found)}
 
 
 def times_of(trial: Trial, size: Size, backend: Backend, device: torch.device, bandwidth: float, compiled: bool) -> dict[str, Any]:
-    """A row: microseconds."""
-    torch.compiler.reset()
-    found = timed(trial, size, torch.bfloat16, backend, device, bandwidth, compiled)
-    took = {name: None if value is None else value * 1e6 for name, value in asdict(found).items() if name in MICROSECONDS}
-    row = {"part": "times", "name": found.name, "dtype": found.dtype, "size": list(size), "megabytes": found.bytes / 1e6, **took}
-    return {**row, "share": found.share, "bound": trial.bound, "decoding": trial in DECODING}
+    """A row: microseconds; None for what could not be timed."""
+    row = {"part": "times", "name": trial.name, "dtype": "bfloat16", "size": list(size), "memory_bound": trial.bound}
+    row |= {"decoding": trial in DECODING, "megabytes": None, "share": None, **dict.fromkeys(MICROSECONDS)}
+    for compiling in dict.fromkeys((compiled, False)):  # once more without where the compiler fails
+        torch.compiler.reset()
+        try:
+            found = timed(trial, size, torch.bfloat16, backend, device, bandwidth, compiling)
+        except RuntimeError as error:
+            row["name"] = _with(trial, error)
+            continue
+        took = {name: None if value is None else value * 1e6 for name, value in asdict(found).items() if name in MICROSECONDS}
+        return {**row, "name": trial.name, **took, "megabytes": found.bytes / 1e6, "share": found.share}
+    return row
 
 
-def pipelines_of(subject: Subject, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
+def pipelines_of(subject: Subject, device: torch.device, compiled: bool, deadline: float) -> list[dict[str, Any]]:
     """Its rows, or one that says why there are none: what was measured before is not lost."""
     try:
-        return time_pipeline(subject, device, compiled)
-    except (torch.OutOfMemoryError, ValueError) as error:
-        why = str(error).partition(". ")[0]
-        return [{"part": "pipelines", "name": subject.name, "variant": f"not run: {why}", "seconds": None, "bound": None, "speedup": None}]
+        return time_pipeline(subject, device, compiled, deadline)
+    except (RuntimeError, ValueError) as error:  # out of memory, of time, or the device's own
+        return [not_run(subject, "all", error)]
+
+
+def _with(trial: Trial, error: Exception) -> str:
+    return f"{trial.name}: not run, {' '.join(str(error).split())[:120]}"
 
 
 MICROSECONDS = ("kernel", "eager", "compiled", "floor")
 
 
 def scheduler_beside(size: Size, backend: Backend, device: torch.device) -> dict[str, Any]:
-    """A row: `token_commit` beside diffusers' own step on the same logits, of which half the positions are masked."""
+    """A row: `token_commit` beside diffusers' own step on the same logits, of which half the positions are masked.
+
+    That is `token_stats` and the selection in one launch: a step of the scheduler does both.
+    """
     rows, width, vocabulary = size
     draw = Draw(0, size, torch.bfloat16, device)
     current = draw.integers(MASK + 1, vocabulary, rows, width)
@@ -233,7 +250,7 @@ def scheduler_beside(size: Size, backend: Backend, device: torch.device) -> dict
     theirs = scheduler.step(logits, 0, current, mask_token_id=MASK, threshold=0.9)
     ours = commit.kernel(backend, (logits, current, [MASK], selection, 1.0, None))
     if ours is None:
-        raise NotRun(f"token_commit: {backend.broken}")
+        raise BenchError(f"token_commit does not run: {backend.broken}")
     took = {
         "kernel": waited(lambda z, tokens: commit.kernel(backend, (z, tokens, [MASK], selection, 1.0, None)), sets, device) * 1e6,
         "eager": waited(lambda z, tokens: scheduler.step(z, 0, tokens, mask_token_id=MASK, threshold=0.9), sets, device) * 1e6,
@@ -272,22 +289,27 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
         Bar.at_most("checks that are not right", sum(not row["right"] for row in checks), 0),
         Bar.at_most("entries unlike the reference's where none may be", sum(row["unlike"] for row in checks if row["exact"]), 0),
     ]
-    large = [
-        row for row in rows
-        if row["part"] == "times" and row["bound"] and not row["decoding"] and row["size"][0] * row["size"][1] * row["size"][2] >= ENOUGH
-    ]  # fmt: skip
-    if large:
-        least = min(large, key=lambda row: row["share"])
+    times = [row for row in rows if row["part"] == "times" and row["kernel"] is not None]
+    missing = sum(row["kernel"] is None for row in rows if row["part"] == "times")
+    if times or missing:
+        bars.append(Bar.at_most("ops that could not be timed", missing, 0))
+    large = [row for row in times if row["decoding"] or math.prod(row["size"]) >= ENOUGH]
+    moving = [row for row in large if row["memory_bound"] and not row["decoding"]]
+    if moving:
+        least = min(moving, key=lambda row: row["share"])
         bars.append(Bar.at_least("least share of the copy's bandwidth", least["share"], 0.85, f"{least['name']}, {least['size']}"))
     beside = [row for row in large if row["compiled"] is not None]
     if beside:
         slowest = min(beside, key=lambda row: row["compiled"] / row["kernel"])
         bars.append(Bar.at_least("torch.compile's time over ours", slowest["compiled"] / slowest["kernel"], 1.0, slowest["name"]))
     seconds = {row["variant"]: row for row in rows if row["part"] == "pipelines" and "FLUX" in row["name"]}
-    graphed, computed = seconds.get("planner, graphs"), seconds.get(COMPUTED)
+    graphed, computed, plain = (seconds.get(name) for name in ("planner, graphs", COMPUTED, "plain"))
     if graphed is not None and computed is not None:  # beside the same blocks, so that what kernels save in them does not count
         over = computed["seconds"] / graphed["seconds"] / graphed["bound"]
         bars.append(Bar.at_least("FLUX-size, planned, with graphs: speed-up over bound", over, 0.97))
+    if graphed is not None and plain is not None and graphed["waits"] is not None:
+        bars.append(Bar.at_most("FLUX-size, planned, with graphs: waits for the device that the plain pipeline has not",
+                                graphed["waits"] - plain["waits"], 0))  # fmt: skip
     decoding = [row for row in rows if row["part"] == "decoding"]
     if decoding:
         bars.append(Bar.at_least("diffusers' step over token_commit", min(row["ratio"] for row in decoding), 10.0))
@@ -296,18 +318,9 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
 
 
 def page(results: Results) -> str:
-    """The results as a Markdown page; `hasten.kernels.report` writes the one that is kept."""
-    parts = []
-    for part in ("cpu", "cpu denoiser", "checks", "times", "decoding", "pipelines"):
-        rows = [row for row in results.rows if row["part"] == part]
-        if rows:
-            head = [key for key in rows[0] if key not in ("part", "exact", "bound", "decoding")]
-            parts.append(f"## {part.capitalize()}\n\n{table(head, [[_cell(row[key]) for key in head] for row in rows])}")
-    return bars_last(results, "Kernels on a GPU, measured", f"{results.settings['device'] or 'No GPU was found'}.", *parts)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """The page docs/results/kernels.md; `python -m hasten.kernels.report --measured` makes it from results of several machines."""
+    compiler = Compiler()
+    return report.page(report.resources(compiler), compiler.version, [results.to_json()])
 
 
 def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:

@@ -152,6 +152,10 @@ def apply(
 # ---------------------------------------------------------------------------------------------------------- stored offsets
 
 
+PEAK_TOKENS = 32
+"""Tokens of which a thread finds the largest magnitudes: cuda/store.cu has the same."""
+
+
 class _Store(ctypes.Structure):
     _fields_: ClassVar = [
         ("after", Rows), ("before", Rows), ("values", c_void_p), ("scale", c_void_p), ("most", c_void_p),
@@ -198,11 +202,9 @@ def store(
         return
     _dense("peaks", peaks, batch * channels, torch.int32)
     args.most = peaks.data_ptr()
-    threads = min(THREADS, 32 * -(-channels // (32 * width)))
-    across = batch * -(-channels // (threads * width))
-    kernels.launch(
-        "store", f"store_peaks_{name}_{width}", (min(across, _MOST_BLOCKS), min(-(-tokens // 64), 65535)), (threads, 1), args, stream
-    )
+    threads = min(128, 32 * -(-channels // (32 * width)))
+    grid = min(batch * -(-channels // (threads * width)), _MOST_BLOCKS), min(-(-tokens // PEAK_TOKENS), 65535)
+    kernels.launch("store", f"store_peaks_{name}_{width}", grid, (threads, 1), args, stream)
     kernels.launch("store", f"store_columns_{name}_{kind}_{width}", *spread, args, stream)
 
 

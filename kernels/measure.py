@@ -54,7 +54,7 @@ def bytes_per_entry(trial: Trial, size: Size, dtype: torch.dtype) -> tuple[float
     with torch.no_grad(), Traffic() as counted:
         trial.chain(*args)
     entries = size[0] * size[1] * size[2]
-    return traffic(args, trial.reference(args)) / entries, counted.bytes / entries
+    return trial.traffic(args, trial.reference(args)) / entries, counted.bytes / entries
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Timed:
         name: Of the trial.
         dtype: Of hidden states or logits.
         size: Of the inputs.
-        bytes: That must move: arguments read once, results written once.
+        bytes: That have to move.
         kernel: By the kernel.
         eager: Op by op in PyTorch.
         compiled: The same chain under torch.compile; None where that was not asked for.
@@ -173,7 +173,7 @@ def timed(
     made = trial.kernel(backend, args)
     if made is None:
         raise NotRun(f"{trial.name}: {backend.broken or 'no kernel takes these arguments'}")
-    needed = traffic(args, made)
+    needed = trial.traffic(args, made)
     sets = [args, *(mapped(args, torch.Tensor.clone) for _ in range(_turns(needed, device) - 1))]
     with torch.no_grad():
         kernel = seconds(lambda *args: trial.kernel(backend, args), sets, device)

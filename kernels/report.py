@@ -24,6 +24,8 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 """Turing, Ampere, Ada, Hopper and Blackwell."""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "kernels.md"
 
+Measured = Mapping[str, Any]
+"""Results of the benchmark."""
 Found = dict[str, dict[str, dict[str, Resources]]]
 """By source, kernel and architecture."""
 
@@ -83,25 +85,31 @@ def moved() -> str:
     return table(["op", "by the kernel", "op by op", "times as much"], rows)
 
 
-def on_cpu(measured: Mapping[str, Any] | None) -> str:
-    """The int8 layer beside float32, as the benchmark found it."""
-    rows = [] if measured is None else [row for row in measured["rows"] if row["part"].startswith("cpu")]
-    if measured is None or not rows:
+def on_cpu(measured: Sequence[Measured]) -> str:
+    """The int8 layer beside float32, as the benchmark found it; of several results the one that has most of it."""
+    rows = max(([row for row in one["rows"] if row["part"].startswith("cpu")] for one in measured), key=len, default=[])
+    if not rows:
         return "Not measured."
-    parts = [f"{measured['machine']['processor']}, one thread."]
+    where = next(one for one in measured if rows[0] in one["rows"])
+    parts = [f"{where['machine']['processor']}, one thread."]
     for part, head in (("cpu", ["activations", "float32, ms", "int8, ms"]), ("cpu denoiser", ["one plan", "float32, s", "int8, s"])):
         cells = [[row["name"], *(_cell(row[key]) for key in ("float32", "int8", "ratio"))] for row in rows if row["part"] == part]
         parts += [table([*head, "times as fast"], cells)] if cells else []
     return "\n\n".join(parts)
 
 
-def on_gpu(measured: Mapping[str, Any] | None) -> str:
-    """What the benchmark found, or that there is nothing."""
-    if measured is None or measured["settings"]["device"] is None:
+def on_gpu(measured: Sequence[Measured]) -> str:
+    """What the benchmark found, GPU by GPU, or that there is nothing."""
+    seen = [one for one in measured if one["settings"]["device"] is not None]
+    if not seen:
         return (
             "Not measured: no number here was seen on a GPU. `hasten bench kernels --json kernels.json` measures on a machine with one; "
             "`--measured kernels.json` then puts it on this page."
         )
+    return "\n\n".join(map(_of_gpu, seen))
+
+
+def _of_gpu(measured: Measured) -> str:
     parts = [f"{measured['settings']['device']}; a copy moves {measured['settings']['bandwidth'] / 1e9:,.0f} GB/s."]
     for part, head in COLUMNS.items():
         cells = [[_cell(row[key]) for key in head.values()] for row in measured["rows"] if row["part"] == part]
@@ -119,7 +127,10 @@ COLUMNS = {
         "torch.compile, µs": "compiled", "of the copy's bandwidth": "share",
     },
     "decoding": {"logits": "name", "size": "size", "token_commit, µs": "kernel", "scheduler's step, µs": "eager", "times as fast": "ratio"},
-    "pipelines": {"pipeline": "name", "variant": "variant", "seconds": "seconds", "times as fast": "speedup", "bound": "bound"},
+    "pipelines": {
+        "pipeline": "name", "variant": "variant", "seconds": "seconds", "times as fast": "speedup", "bound": "bound",
+        "waits for the device": "waits",
+    },
 }  # fmt: skip
 """Of the benchmark's rows, part by part: headings and keys."""
 
@@ -132,8 +143,8 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else " x ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def page(found: Found, version: tuple[int, int], measured: Mapping[str, Any] | None = None) -> str:
-    """The whole page."""
+def page(found: Found, version: tuple[int, int], measured: Sequence[Measured] = ()) -> str:
+    """The whole page, with what was measured on any number of machines."""
     return "\n\n".join([
         "# Kernels, measured",
         f"Written by `python -m hasten.kernels.report`, never by hand; hasten {__version__}, torch {torch.__version__}.",
@@ -157,10 +168,11 @@ def page(found: Found, version: tuple[int, int], measured: Mapping[str, Any] | N
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(prog="python -m hasten.kernels.report", description="Writes docs/results/kernels.md.")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="what `hasten bench kernels --json FILE` wrote")
+    told = "what `hasten bench kernels --json FILE` wrote; several for several machines"
+    parser.add_argument("--measured", type=Path, nargs="+", metavar="FILE", default=[], help=told)
     parser.add_argument("--out", type=Path, metavar="FILE", default=PAGE, help="where the page goes (default: %(default)s)")
     options = parser.parse_args(arguments)
-    measured = json.loads(options.measured.read_text(encoding="utf-8")) if options.measured else None
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in options.measured]
     compiler = Compiler()
     options.out.write_text(page(resources(compiler), compiler.version, measured), encoding="utf-8")
 

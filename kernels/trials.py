@@ -63,6 +63,7 @@ class Trial:
         error: The largest error of (arguments, results) against float64, over what rounding allows: right up to 1.
         exact: Results are the reference's to the bit.
         bound: Limited by memory alone, so that bandwidth is the measure.
+        reads: How often its arguments have to be read: twice where the largest of a column is known only when all rows were seen.
     """
 
     op: str
@@ -72,6 +73,7 @@ class Trial:
     error: Callable[[tuple[Any, ...], Sequence[Tensor]], float]
     exact: bool = True
     bound: bool = True
+    reads: int = 1
 
     @property
     def name(self) -> str:
@@ -86,6 +88,10 @@ class Trial:
     def reference(self, args: tuple[Any, ...]) -> list[Tensor]:
         """By what the op means."""
         return tensors(getattr(reference, self.op)(*args))
+
+    def traffic(self, args: tuple[Any, ...], made: Sequence[Tensor]) -> int:
+        """Bytes that have to move."""
+        return traffic(args, made) + (self.reads - 1) * traffic(args, ())
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -338,7 +344,7 @@ TRIALS = (
     Trial("delta_store", "int8 by token", lambda draw: (draw.hidden(), draw.hidden(), "int8"),
           lambda after, before, kind: _eight_bits(after - before), _store_error),
     Trial("delta_store", "fp8 by channel", lambda draw: (draw.hidden(), draw.hidden(), "fp8", True),
-          lambda after, before, kind, by_channel: _eight_bits((after - before).mT), _store_error),
+          lambda after, before, kind, by_channel: _eight_bits((after - before).mT), _store_error, reads=2),
     Trial("quantise_rows", "int8", lambda draw: (draw.hidden(), "int8"), lambda x, kind: _eight_bits(x),
           lambda args, made: _store_error((args[0], torch.zeros_like(args[0]), args[1]), made)),
     Trial("delta_apply", "int8, corrected", lambda draw: _one_of_them(_apply(draw, "int8", 1, True)),

@@ -59,7 +59,9 @@ template <typename T, typename Q, int V> __device__ void by_token(const Store& a
   }
 }
 
-// Pass one of by channel: a thread looks at V channels of up to 64 tokens at a time. Blocks in x: pieces of the channels, sample by sample.
+#define PEAK_TOKENS 32
+
+// Pass one of by channel: a thread looks at V channels of some tokens at a time. Blocks in x: pieces of the channels, sample by sample.
 template <typename T, int V> __device__ void peaks(const Store& a) {
   i64 across = (a.channels + (i64)blockDim.x * V - 1) / ((i64)blockDim.x * V);
 #pragma unroll 1
@@ -68,9 +70,9 @@ template <typename T, int V> __device__ void peaks(const Store& a) {
     if (c >= a.channels) continue;
     u32 most[V] = {};
 #pragma unroll 1
-    for (i64 first = (i64)blockIdx.y * 64; first < a.tokens; first += (i64)gridDim.y * 64) {
-      i64 last = first + 64 < a.tokens ? first + 64 : a.tokens;
-#pragma unroll 1
+    for (i64 first = (i64)blockIdx.y * PEAK_TOKENS; first < a.tokens; first += (i64)gridDim.y * PEAK_TOKENS) {
+      i64 last = first + PEAK_TOKENS < a.tokens ? first + PEAK_TOKENS : a.tokens;
+#pragma unroll 2
       for (i64 t = first; t < last; ++t) {
         float v[V];
         difference<T, V>(a, row_of<T>(a.after, b, t), row_of<T>(a.before, b, t), c, v);

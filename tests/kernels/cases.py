@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+# `make test-all` tries more.
 FEW = settings(
-    max_examples=int(os.environ.get("HASTEN_EXAMPLES", "20")), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=int(os.environ.get("HASTEN_EXAMPLES", "8")), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 STREAMS = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("dense", "sliced", "shifted", "transposed", "expanded")

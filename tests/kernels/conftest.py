@@ -11,16 +11,6 @@ import torch
 
 from tests.kernels.machine import Machine, build
 
-QUICK = ("test_apply", "test_reindex", "test_machinery", "test_products", "test_doctor")
-"""Files of the fast suite: the machinery, and ops that use all of it. The others need minutes on a busy machine."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything else of this folder is slow."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents and item.path.stem not in QUICK:
-            item.add_marker(pytest.mark.slow)
-
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:

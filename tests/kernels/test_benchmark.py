@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.benchmarks import kernels
+from hasten.benchmarks import kernel_pipelines, kernels
 from hasten.benchmarks.harness import BenchError, Results, unnoted
-from hasten.benchmarks.kernel_pipelines import PIPELINES, Subject, build, time_pipeline
+from hasten.benchmarks.kernel_pipelines import PIPELINES, Subject, build, synchronisations, time_pipeline
 from hasten.benchmarks.kernels import bars_of, execute, scheduler_beside
 from hasten.kernels import report
 from hasten.kernels.backend import Backend
 from hasten.kernels.driver import DriverError, Kernels
 from hasten.kernels.nvrtc import Resources
-from hasten.kernels.trials import DECODING, TRIALS
+from hasten.kernels.trials import DECODING, TRIALS, Trial
 from tests.kernels.machine import Machine
 
 CPU = torch.device("cpu")
@@ -52,17 +54,23 @@ def test_all_ops_are_checked_and_timed(results: Results) -> None:
     assert all(bar.holds for bar in right), right
 
 
-def test_the_page_says_what_was_measured(results: Results, tmp_path: Path) -> None:
+def test_the_page_says_what_was_measured(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results.write_json(tmp_path / "kernels.json")
-    text = report.on_gpu(json.loads((tmp_path / "kernels.json").read_text()))
+    read = json.loads((tmp_path / "kernels.json").read_text())
+    text = report.on_gpu([read])
     assert "| token_stats, drawn | bfloat16 | 2 x 4 x 64 |" in text and "### Pipelines\n\nNot measured." in text and "### Bars" in text
+    assert "cpu; a copy" in text and report.on_gpu([read, {**read, "settings": {"device": "two", "bandwidth": 1.0}}]).count("### Bars") == 2
+    monkeypatch.setattr(report, "resources", lambda compiler: FOUND)
     assert "token_stats, drawn" in kernels.page(results)
-    assert report.on_gpu(None).startswith("Not measured: no number here was seen on a GPU.")
+    for none in ([], [{**read, "settings": {"device": None}}]):
+        assert report.on_gpu(none).startswith("Not measured: no number here was seen on a GPU.")
 
 
 def test_the_page_has_every_kernel_and_every_spill() -> None:
     cpu = {"part": "cpu", "name": "own", "float32": 40.0, "int8": 8.0, "ratio": 5.0}
-    text = report.page(FOUND, (13, 0), {"rows": [cpu], "settings": {"device": None}, "machine": {"processor": "x"}})
+    less = {"rows": [], "settings": {"device": None}, "machine": {"processor": "y"}}
+    text = report.page(FOUND, (13, 0), [less, {"rows": [cpu], "settings": {"device": None}, "machine": {"processor": "x"}}, less])
+    assert "x, one thread." in text
     assert "1 kernels for each of 7 architectures, 7 in all: none spills registers" in text
     assert f"| `one_float_4` |{' 40 / 128 |' * 7} 0 |" in text and "| own | 40 | 8 | 5 |" in text and "Not measured: no" in text
     assert "The bar is 5 times as fast.\n\nNot measured." in report.page(FOUND, (13, 0))
@@ -82,14 +90,25 @@ def test_the_written_page_has_every_kernel(any_machine: Machine) -> None:
 
 def test_bars_are_those_of_the_rows() -> None:
     check = {"part": "checks", "error": 0.4, "right": True, "unlike": 3, "exact": False}
-    time = {"part": "times", "name": "a", "size": [1, 4096, 3072], "bound": True, "decoding": False, "share": 0.9, "kernel": 2.0}
-    small, logits = {**time, "size": [1, 8, 8], "share": 0.1}, {**time, "decoding": True, "share": 0.1}
+    time = {"part": "times", "name": "a", "size": [1, 4096, 3072], "memory_bound": True, "decoding": False, "share": 0.9, "kernel": 2.0}
+    small, logits = {**time, "size": [1, 8, 8], "share": 0.1}, {**time, "size": [1, 1, 9], "decoding": True, "share": 0.1}
+    lost, product = {**time, "name": "lost: not run", "kernel": None, "share": None}, {**time, "memory_bound": False, "share": 0.1}
     slow = {**time, "name": "slow", "share": 0.8, "compiled": 1.0}
     step = {"part": "decoding", "ratio": 12.0, "unlike": 0}
-    bars = bars_of([check, {**time, "compiled": 3.0}, {**small, "compiled": 9.0}, {**logits, "compiled": 9.0}, slow, step])
-    assert [bar.value for bar in bars] == [0.4, 0, 0, 0.8, 0.5, 12.0, 0]
-    assert [bar.holds for bar in bars] == [True, True, True, False, False, True, True]
-    assert "slow" in bars[3].note and len(bars_of([check])) == 3
+    rows = [{**time, "compiled": 3.0}, {**small, "compiled": 0.1}, {**logits, "compiled": 9.0}, {**product, "compiled": 9.0}]
+    bars = bars_of([check, *rows, slow, step])
+    assert [bar.value for bar in bars] == [0.4, 0, 0, 0, 0.8, 0.5, 12.0, 0]
+    assert [bar.holds for bar in bars] == [True, True, True, True, False, False, True, True]
+    assert "slow" in bars[4].note and len(bars_of([check])) == 3
+    assert [bar.value for bar in bars_of([check, lost])][3:] == [1]
+    for others in ({**logits, "name": "logits", "compiled": 1.0}, {**product, "name": "product", "compiled": 1.0}):
+        assert bars_of([check, {**time, "compiled": 3.0}, others])[-1].note == others["name"], "all ops are to be no slower than compiled"
+    flux = {"part": "pipelines", "name": "FLUX.1-dev", "bound": 1.0, "seconds": 4.0, "waits": 3}
+    graphed = {**flux, "variant": "planner, graphs", "seconds": 2.0, "bound": 2.0}
+    pipelines = [{**flux, "variant": "plain", "seconds": 9.0}, {**flux, "variant": "all computed"}]
+    for waits, held in ((3, True), (30, False)):
+        bars = bars_of([check, *pipelines, {**graphed, "waits": waits}])
+        assert [bar.value for bar in bars[3:]] == [1.0, waits - 3] and bars[-1].holds == held
     assert [bar.holds for bar in bars_of([{**check, "error": 1.1, "right": False, "exact": True}])] == [False] * 3
 
 
@@ -106,7 +125,7 @@ def test_without_a_gpu_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch, caps
     assert "no CUDA device was found: what needs a GPU is not measured" in capsys.readouterr().err
     read = json.loads((tmp_path / "kernels.json").read_text())
     assert [row["part"] for row in read["rows"]] == ["cpu"] * 2 and read["settings"]["device"] is None
-    assert read["bars"][0]["holds"] and "| a grid fixed beforehand |" in report.on_cpu(read)
+    assert read["bars"][0]["holds"] and "| a grid fixed beforehand |" in report.on_cpu([read])
     # A full run: that of a whole denoiser takes minutes, and has a test of its own at a small size.
     monkeypatch.setattr(kernels, "cached_on_cpu", lambda: {"part": "cpu denoiser", "name": "XL", "float32": 3.0, "int8": 2.0, "ratio": 1.5})
     assert kernels.main([]) == 0
@@ -120,8 +139,35 @@ def test_a_gpu_that_runs_no_kernels_says_why(monkeypatch: pytest.MonkeyPatch) ->
     def make() -> Kernels:
         raise DriverError("no CUDA driver")
 
-    with pytest.warns(RuntimeWarning), pytest.raises(BenchError, match="delta_store, bf16: no CUDA driver"):
+    with pytest.warns(RuntimeWarning), pytest.raises(BenchError, match="no kernel runs here: no CUDA driver"):
         execute(backend=Backend(make, lambda: 0), **SMALL)
+
+
+def test_an_op_that_fails_costs_no_other_its_result(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(trial: Trial, *rest: Any) -> Any:
+        if trial.op == "drift":
+            raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
+        return measure(trial, *rest)
+
+    for name, part in (("check", "checks"), ("timed", "times")):
+        measure = getattr(kernels, name)
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, name, failing)
+            found = execute(backend=any_machine.backend, **SMALL)
+        rows = [row for row in found.rows if row["part"] == part]
+        lost = [row for row in rows if row["name"].startswith("drift")]
+        assert {row["name"] for row in lost} == {"drift: not run, CUDA error: an illegal memory access was encountered"}
+        assert len(rows) > 3 * len(lost) and not found.all_hold
+        assert "drift: not run" in report.on_gpu([found.to_json()])
+
+
+def test_where_the_compiler_fails_the_rest_is_timed(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    rows = execute(backend=any_machine.backend, **{**SMALL, "compiled": True}).rows
+    assert all(row["kernel"] > 0 and row["compiled"] is None for row in rows if row["part"] == "times")
 
 
 TINY: dict[str, dict[str, Any]] = {
@@ -165,25 +211,50 @@ def test_pipelines_are_timed_in_every_way(name: str) -> None:
     rows = time_pipeline(tiny(name), CPU, compiled=False, rounds=1, speedup=1.1)
     names = [row["variant"] for row in rows if row["variant"] != "cache-dit"]  # wherever it is installed
     assert names == [
-        "plain", "all computed", "Delta-DiT", "Delta-DiT, graphs", "planner", "planner, graphs", "planner, without kernels",
+        "plain", "all computed", "Delta-DiT", "Delta-DiT, graphs", "Delta-DiT, without kernels",
+        "planner", "planner, graphs", "planner, without kernels",
         "planner, int8 state", "planner, int8 state, without kernels",
     ]  # fmt: skip
     assert rows[0]["speedup"] == 1 and all(row["seconds"] > 0 and row["part"] == "pipelines" for row in rows)
-    assert rows[0]["bound"] == rows[1]["bound"] == 1 and all(row["bound"] > 1 for row in rows[2:9])
-    assert "HASTEN_KERNELS" not in os.environ
+    assert rows[0]["bound"] == rows[1]["bound"] == 1 and all(row["bound"] > 1 for row in rows[2:10])
+    assert "HASTEN_KERNELS" not in os.environ and all(row["waits"] is None for row in rows)
     assert {row.pop("name") for row in rows} == {name}
 
 
 def test_a_pipeline_that_cannot_be_timed_costs_no_results(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def large(subject: Subject, device: torch.device, compiled: bool) -> list[dict[str, Any]]:
+    def large(subject: Subject, device: torch.device, compiled: bool, deadline: float) -> list[dict[str, Any]]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24 GiB.")
 
     monkeypatch.setattr(kernels, "time_pipeline", large)
     rows = execute(backend=any_machine.backend, **{**SMALL, "pipelines": ("FLUX.1-dev",)}).rows
-    assert rows[-1]["variant"] == "not run: CUDA out of memory" and rows[2]["part"] == "checks"
-    assert "| FLUX.1-dev | not run: CUDA out of memory | not measured |" in report.on_gpu(
-        {"rows": rows, "bars": [], "settings": {"device": "x", "bandwidth": 1e9}}
+    assert rows[-1]["variant"] == "all: not run, CUDA out of memory" and rows[2]["part"] == "checks"
+    assert "| FLUX.1-dev | all: not run, CUDA out of memory | not measured |" in report.on_gpu(
+        [{"rows": rows, "bars": [], "settings": {"device": "x", "bandwidth": 1e9}}]
     )
+
+
+def test_what_does_not_fit_in_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny("PixArt-alpha-XL")
+    (row,) = kernels.pipelines_of(subject, CPU, True, time.monotonic() + 0.001)
+    assert row["variant"].startswith("all: not run, about ") and row["variant"].endswith("s are left") and row["seconds"] is None
+    monkeypatch.setattr(kernel_pipelines, "COMPILING", 1e6)
+    rows = time_pipeline(subject, CPU, True, time.monotonic() + 1e5, rounds=1, speedup=1.1)
+    assert rows[0]["seconds"] > 0 and rows[-1]["variant"].startswith("compiled: not run, about 1000") and rows[-1]["speedup"] is None
+
+
+def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch says them; what else is warned of is not counted, and the mode is as before."""
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def run() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at /some/file.cpp:80.)", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    assert synchronisations(run, torch.device("cuda")) == 3 and modes == [0, "warn", 0]
+    assert synchronisations(run, CPU) is None
 
 
 @pytest.mark.parametrize("name", PIPELINES)

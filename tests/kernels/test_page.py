@@ -1,10 +1,11 @@
-"""docs/kernels.md: its example runs, and its counts are those that are counted."""
+"""docs/kernels.md: its examples run, and its counts are those that are counted."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from hasten.kernels.measure import bytes_per_entry
@@ -18,8 +19,11 @@ SHOWN = {
 }  # fmt: skip
 
 
-def test_the_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_run(example: str) -> None:
     exec(compile(example, "docs/kernels.md", "exec"), {})
 
 
