@@ -30,6 +30,12 @@ def source_text(name: str) -> str:
     return (files("hasten.kernels") / "cuda" / name).read_text(encoding="utf-8")
 
 
+def digest() -> str:
+    """A short hash of all sources and options."""
+    texts = (*(source_text(f"{name}.cu") for name in SOURCES), *map(source_text, HEADERS), *OPTIONS)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
 def default_folder() -> Path:
     """Where machine code is kept: HASTEN_CACHE, else hasten/ in XDG_CACHE_HOME or ~/.cache; the temporary folder for who has no home."""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hasten._version import __version__
-from hasten.kernels.cubins import SOURCES, Cubins
+from hasten.kernels.cubins import SOURCES, Cubins, digest
 from hasten.kernels.measure import bytes_per_entry
 from hasten.kernels.nvrtc import Compiler, Resources
 from hasten.kernels.trials import DECODING, TRIALS
@@ -147,7 +147,8 @@ def page(found: Found, version: tuple[int, int], measured: Sequence[Measured] = 
     """The whole page, with what was measured on any number of machines."""
     return "\n\n".join([
         "# Kernels, measured",
-        f"Written by `python -m hasten.kernels.report`, never by hand; hasten {__version__}, torch {torch.__version__}.",
+        "Written by `python -m hasten.kernels.report`, never by hand; "
+        f"hasten {__version__}, torch {torch.__version__}, sources {digest()}.",
         "## What they take of a GPU",
         summary(found, version),
         "Registers of a thread / bytes of static shared memory of a block; bytes that are spilled on all architectures together.",

@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -215,13 +215,14 @@ class AcceleratedPipeline:
         denoisers: tuple[str, ...],
         graphs: bool | int = False,
         attention: Attention | None = None,
+        traces: Mapping[str, dict[TraceKey, Trace]] | None = None,
         **options: Any,
     ) -> None:
         self.pipe = pipe
         self.method = method
         self.reports: dict[str, RunReport] = {}
         self.traces: dict[str, Trace] = {}
-        self._traced: dict[str, tuple[nn.Module, dict[TraceKey, Trace]]] = {}
+        self._traced = {name: (getattr(pipe, name), known) for name, known in (traces or {}).items()}
         self._quantised: dict[str, dict[str, Quantised]] = {}
         self.graphs: dict[str, Graphs] = {name: made for name in denoisers if (made := graphs_of(graphs)) is not None}
         self.attention: dict[str, AttentionReport] = {}

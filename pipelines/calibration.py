@@ -36,7 +36,7 @@ PROBES = 12
 
 @dataclass(frozen=True)
 class Runs:
-    """The pipeline's call on fixed prompts and fixed noise, to the final latents."""
+    """The pipeline's call on fixed prompts and fixed noise, to the final latents. What one run traces, no other traces again."""
 
     pipe: Any
     denoiser: str
@@ -44,10 +44,11 @@ class Runs:
     seeds: tuple[int, ...]
     batch: int
     call: dict[str, Any]
+    traces: dict[TraceKey, Trace] = field(default_factory=dict)
 
     def run(self, method: Any, tick: Callable[[], None], **options: Any) -> tuple[Tensor, AcceleratedPipeline]:
         """Final latents [prompts, ...] under a method, and the wrapper that made them."""
-        fast = AcceleratedPipeline(self.pipe, method, (self.denoiser,), **options)
+        fast = AcceleratedPipeline(self.pipe, method, (self.denoiser,), traces={self.denoiser: self.traces}, **options)
         made = []
         for at in range(0, len(self.prompts), self.batch):
             part = slice(at, at + self.batch)
@@ -92,7 +93,10 @@ class Runs:
 
     def traced(self) -> Trace:
         """A trace, from one denoiser call."""
-        return trace(self.pipe, list(self.prompts[: self.batch]), denoiser=self.denoiser, **{**self.call, "output_type": "latent"})
+        call = {**self.call, "output_type": "latent"}
+        found = trace(self.pipe, list(self.prompts[: self.batch]), denoiser=self.denoiser, **call)
+        self.traces[found.resolution, getattr(torch, found.dtype)] = found
+        return found
 
     @property
     def parts(self) -> list[Runs]:
@@ -100,7 +104,7 @@ class Runs:
         return [self.some(slice(at, at + self.batch)) for at in range(0, len(self.prompts), self.batch)]
 
     def some(self, part: slice) -> Runs:
-        return Runs(self.pipe, self.denoiser, self.prompts[part], self.seeds[part], self.batch, self.call)
+        return Runs(self.pipe, self.denoiser, self.prompts[part], self.seeds[part], self.batch, self.call, self.traces)
 
 
 Loop = Callable[[Session], Any]

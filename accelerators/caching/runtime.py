@@ -88,7 +88,7 @@ def compiled(
 
 
 def compute_all(trace: Trace, steps: int, sites: tuple[str, ...] | None = None) -> Plan:
-    """The plan that computes everything: bit-identical to the bare denoiser.
+    """The plan that computes everything: bit-identical to the bare denoiser, but for rounding where blocks are fused (`fused_blocks`).
 
     Args:
         sites: Whose values are stored where a session stores all; the blocks unless told.

@@ -19,6 +19,7 @@ from hasten.benchmarks.kernel_pipelines import PIPELINES, Subject, build, synchr
 from hasten.benchmarks.kernels import bars_of, execute, scheduler_beside
 from hasten.kernels import report
 from hasten.kernels.backend import Backend
+from hasten.kernels.cubins import digest
 from hasten.kernels.driver import DriverError, Kernels
 from hasten.kernels.nvrtc import Resources
 from hasten.kernels.trials import DECODING, TRIALS, Trial
@@ -80,8 +81,9 @@ def test_the_page_has_every_kernel_and_every_spill() -> None:
 
 
 def test_the_written_page_has_every_kernel(any_machine: Machine) -> None:
-    """And no spill: whoever adds a kernel runs `python -m hasten.kernels.report`."""
+    """Of the present sources, for all architectures, and no spill: whoever changes a kernel runs `python -m hasten.kernels.report`."""
     text = report.PAGE.read_text(encoding="utf-8")
+    assert f"sources {digest()}" in text
     rows = {line.split("`")[1]: line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")}
     assert set(rows) == set(any_machine.names())
     assert all(len(row) == 2 + len(report.ARCHITECTURES) and row[-1].strip() == "0" for row in rows.values())

@@ -38,7 +38,7 @@ def latents(target: Any, seed: int = 100) -> torch.Tensor:
 
 
 def test_a_plan_within_an_error(pipe: Any, tmp_path: Path) -> None:
-    plan = hasten.plan(pipe, PROMPTS, error=0.05, progress=False, **CALL)
+    plan = hasten.plan(pipe, PROMPTS, error=0.05, replays=2, progress=False, **CALL)
     certificate = plan.facts["certificate"]
     assert 0 < certificate["predicted"] <= 0.05
     assert 0 < plan.computed_fraction < 1 and certificate["speedup"] > 1
@@ -46,7 +46,7 @@ def test_a_plan_within_an_error(pipe: Any, tmp_path: Path) -> None:
     steps = plan.actions[:, 0, 0]
     assert steps[0] == Action.COMPUTE and set(steps) == {Action.COMPUTE, Action.FORECAST}
     assert all(certificate["step_errors"][k] == 0 for k in np.flatnonzero(steps == Action.COMPUTE))
-    again = hasten.plan(pipe, PROMPTS, error=0.05, progress=False, **CALL)
+    again = hasten.plan(pipe, PROMPTS, error=0.05, replays=2, progress=False, **CALL)
     assert np.array_equal(again.actions, plan.actions) and np.array_equal(again.weights, plan.weights)
     plan.save(tmp_path / "plan.safetensors")
     loaded = hasten.Plan.load(tmp_path / "plan.safetensors")
@@ -58,9 +58,21 @@ def test_a_plan_within_an_error(pipe: Any, tmp_path: Path) -> None:
     assert torch.equal(latents(hasten.accelerate(pipe, fast.report.plan)), made), "what was executed replays to the same bits"
 
 
-def test_a_plan_for_a_speedup(pipe: Any) -> None:
+def test_a_plan_for_a_speedup_takes_a_trace_for_each_size_of_batch(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three forward passes, which every replay would take again."""
+    from hasten.accelerators.caching import runtime
+
+    shapes = []
+    original = runtime.trace_module
+
+    def noted(denoiser: Any, args: Any, kwargs: Any) -> Any:
+        shapes.append(args[0].shape if args else kwargs["hidden_states"].shape)
+        return original(denoiser, args, kwargs)
+
+    monkeypatch.setattr(runtime, "trace_module", noted)
     plan = hasten.plan(pipe, PROMPTS, speedup=1.5, progress=False, **CALL)
     assert plan.facts["certificate"]["speedup"] >= 1.5
+    assert len(shapes) == len(set(shapes)) == 2, "of the prompts that are measured, and of the one that is held out"
     assert plan.facts["method"] == "planned for speedup 1.5"
 
 
@@ -117,7 +129,8 @@ def test_an_interrupted_calibration_goes_on_where_it_was(pipe: Any, tmp_path: Pa
     from hasten.pipelines import calibration
 
     # For an error and not for a speed-up: costs are timed, and a busy machine would solve two plans for two numbers of steps.
-    whole = hasten.plan(pipe, PROMPTS, error=0.05, batch=1, progress=False, **CALL)
+    asked: dict[str, Any] = {"error": 0.05, "batch": 1, "replays": 1, "progress": False, **CALL}
+    whole = hasten.plan(pipe, PROMPTS, **asked)
     file, runs = tmp_path / "deep" / "plan.partial", 0
     original = calibration.Runs.run
 
@@ -130,20 +143,20 @@ def test_an_interrupted_calibration_goes_on_where_it_was(pipe: Any, tmp_path: Pa
 
     monkeypatch.setattr(calibration.Runs, "run", stopping)
     with pytest.raises(KeyboardInterrupt):
-        hasten.plan(pipe, PROMPTS, error=0.05, batch=1, progress=False, checkpoint=file, **CALL)
+        hasten.plan(pipe, PROMPTS, checkpoint=file, **asked)
     assert file.exists()
     with pytest.raises(ValueError, match="of another calibration"):
-        hasten.plan(pipe, PROMPTS[::-1], error=0.05, batch=1, progress=False, checkpoint=file, **CALL)
-    resumed = hasten.plan(pipe, PROMPTS, error=0.05, batch=1, progress=False, checkpoint=file, **CALL)
+        hasten.plan(pipe, PROMPTS[::-1], checkpoint=file, **asked)
+    resumed = hasten.plan(pipe, PROMPTS, checkpoint=file, **asked)
     assert np.array_equal(resumed.actions, whole.actions) and np.array_equal(resumed.weights, whole.weights)
     assert not file.exists() and not list(file.parent.iterdir())
     runs_needed = runs - 6
     runs = 100
-    hasten.plan(pipe, PROMPTS, error=0.05, batch=1, progress=False, **CALL)
+    hasten.plan(pipe, PROMPTS, **asked)
     assert runs_needed == runs - 100 - 5, "the five runs that were done are not done again"
     file.write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"cannot be read .*delete it"):
-        hasten.plan(pipe, PROMPTS, error=0.05, progress=False, checkpoint=file, **CALL)
+        hasten.plan(pipe, PROMPTS, checkpoint=file, **asked)
 
 
 def test_a_plan_for_loops_of_ones_own() -> None:
