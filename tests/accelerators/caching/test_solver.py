@@ -72,10 +72,10 @@ def test_limits_are_named() -> None:
 
 def test_a_thousand_steps_take_milliseconds() -> None:
     cost = anchored(np.random.default_rng(0).random(1000).cumsum())
-    seconds: list[float] = []
-    while len(seconds) < 10 or (min(seconds) >= 0.05 and len(seconds) < 100):  # other work on the machine may slow some of them
+    seconds = []
+    for _ in range(10):  # other work on the machine may slow some of them
         began = time.perf_counter()
         found = segment_dp(cost, 50)
         seconds.append(time.perf_counter() - began)
     assert len(found.starts(50)) == 50
-    assert min(seconds) < 0.05
+    assert min(seconds) < 0.25, "40 ms on an idle core; a loop in Python over its 25 million cells takes half a minute"
