@@ -529,15 +529,16 @@ def conduct(
     return 0 if results.all_hold else 1
 
 
-def command_line(module: str, about: str | None) -> argparse.ArgumentParser:
+def command_line(module: str, about: str | None, page: str = "docs/results of the checkout") -> argparse.ArgumentParser:
     """The parser of `python -m hasten.benchmarks.MODULE`, with `--json` and `--docs`.
 
     Args:
         about: The first line is shown; a module's `__doc__` will do.
+        page: Where the page goes unless told.
     """
     parser = argparse.ArgumentParser(prog=f"python -m hasten.benchmarks.{module}", description=(about or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the page there (default: docs/results of the checkout)")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help=f"write the page there (default: {page})")
     return parser
 
 

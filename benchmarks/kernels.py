@@ -340,7 +340,8 @@ def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The same from `python -m hasten.benchmarks.kernels`."""
-    return run_from_command_line(run, command_line("kernels", __doc__), {}, arguments)
+    parser = command_line("kernels", __doc__, "none; python -m hasten.kernels.report makes it of what --json wrote")
+    return run_from_command_line(run, parser, {}, arguments)
 
 
 if __name__ == "__main__":
