@@ -231,29 +231,32 @@ def time_pipeline(
         OutOfTime: There is too little time for any of it.
         ValueError: That speed-up is out of reach.
     """
-    pipe = build(subject, device)
     try:
-        plain = min(Way(pipe).timed(subject, device, r) for r in range(2))
-        # Ten ways or so, most of them twice as fast as the plain one, and what the planner tries.
-        whole = plain * (6 * (rounds + 2) + 12)
-        _fits(whole, deadline)
-        planned = plan(pipe, PROMPTS, speedup=speedup, replays=1, batch=1, progress=False, **subject.call)
-        ways = ways_of(pipe, planned)
-        rows = _timed(subject, ways, device, rounds, "")
-        if compiled:
-            try:
-                _fits(whole + COMPILING, deadline)
-                pipe.transformer.compile_repeated_blocks(fullgraph=True)
-                # What cache-dit puts on does not go with blocks that were compiled before.
-                rows += _timed(subject, {name: way for name, way in ways.items() if way.peer is None}, device, rounds, ", compiled")
-            except RuntimeError as error:  # the compiler's too: what was measured before is not lost
-                rows.append(not_run(subject, "compiled", error))
-        return [{**row, "speedup": rows[0]["seconds"] / row["seconds"] if row["seconds"] else None} for row in rows]
+        return _rows(subject, device, compiled, deadline, rounds, speedup)
     finally:
-        del pipe
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _rows(subject: Subject, device: torch.device, compiled: bool, deadline: float, rounds: int, speedup: float) -> list[dict[str, Any]]:
+    pipe = build(subject, device)
+    plain = min(Way(pipe).timed(subject, device, r) for r in range(2))
+    # Ten ways, together as long as seven plain runs, and what the planner tries.
+    whole = plain * (7 * (rounds + 1) + 16)
+    _fits(whole, deadline)
+    planned = plan(pipe, PROMPTS, speedup=speedup, replays=1, batch=1, progress=False, **subject.call)
+    ways = ways_of(pipe, planned)
+    rows = _timed(subject, ways, device, rounds, "")
+    if compiled:
+        try:
+            _fits(whole + COMPILING, deadline)
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
+            # What cache-dit puts on does not go with blocks that were compiled before.
+            rows += _timed(subject, {name: way for name, way in ways.items() if way.peer is None}, device, rounds, ", compiled")
+        except RuntimeError as error:  # the compiler's too: what was measured before is not lost
+            rows.append(not_run(subject, "compiled", error))
+    return [{**row, "speedup": rows[0]["seconds"] / row["seconds"] if row["seconds"] else None} for row in rows]
 
 
 COMPILING = 60.0
@@ -284,9 +287,9 @@ def _timed(subject: Subject, ways: Mapping[str, Way], device: torch.device, roun
             took = way.timed(subject, device, r)
             return Timing(took, took)
 
-        for r in range(way.warmups):
+        for r in range(way.warmups - 1):
             run(r)
-        waits[name] = synchronisations(lambda: run(0), device)
+        waits[name] = synchronisations(lambda: run(way.warmups - 1), device)
         return Variant(name, run)
 
     timings = interleave([variant(name, way) for name, way in ways.items()], rounds)

@@ -41,7 +41,7 @@ from hasten.kernels import backend as backends
 from hasten.kernels import ops, reference, report
 from hasten.kernels.arguments import Grid, Selection, Weight
 from hasten.kernels.backend import Backend
-from hasten.kernels.measure import check, copy_bandwidth, timed
+from hasten.kernels.measure import NotRun, check, copy_bandwidth, timed
 from hasten.kernels.nvrtc import Compiler
 from hasten.kernels.trials import DECODING, TRIALS, Draw, Size, Trial, mapped
 from hasten.pipelines.accelerated import accelerate
@@ -87,7 +87,7 @@ def execute(
         blocks, logits: Sizes on which they are timed, in bfloat16.
         pipelines: Names of `kernel_pipelines.PIPELINES`, or others like them.
         compiled: Time chains and pipelines under torch.compile, too.
-        minutes: Nothing is begun that is expected to end later; a third of them is for torch.compile of single ops.
+        minutes: Nothing is begun that is expected to end later; a quarter of them is for torch.compile of single ops.
         cached: Arguments of `cached_on_cpu`, once for each row; not on a GPU, whose time that would take.
         device: The present CUDA device unless told.
         backend: Runs its kernels; needed with a device that is none.
@@ -120,7 +120,7 @@ def execute(
         done = note("timed", len(trials) * len(sizes))
         for size in sizes:
             for trial in trials:
-                compiling = compiled and time.monotonic() < began + 20 * minutes
+                compiling = compiled and time.monotonic() < began + 15 * minutes
                 results.rows.append(times_of(trial, size, backend, device, bandwidth, compiling))
                 done()
     results.rows += [scheduler_beside(size, backend, device) for size in logits]
@@ -247,17 +247,20 @@ def scheduler_beside(size: Size, backend: Backend, device: torch.device) -> dict
     commit = next(trial for trial in DECODING if trial.op == "token_commit")
     selection = Selection(MASK, 0.9)
     sets = [(logits, current), mapped((logits, current), torch.Tensor.clone)]
-    theirs = scheduler.step(logits, 0, current, mask_token_id=MASK, threshold=0.9)
-    ours = commit.kernel(backend, (logits, current, [MASK], selection, 1.0, None))
-    if ours is None:
-        raise BenchError(f"token_commit does not run: {backend.broken}")
-    took = {
-        "kernel": waited(lambda z, tokens: commit.kernel(backend, (z, tokens, [MASK], selection, 1.0, None)), sets, device) * 1e6,
-        "eager": waited(lambda z, tokens: scheduler.step(z, 0, tokens, mask_token_id=MASK, threshold=0.9), sets, device) * 1e6,
-    }
+    row = {"part": "decoding", "name": f"bfloat16, {vocabulary:,} tokens", "size": list(size)}
+    try:
+        theirs = scheduler.step(logits, 0, current, mask_token_id=MASK, threshold=0.9)
+        ours = commit.kernel(backend, (logits, current, [MASK], selection, 1.0, None))
+        if ours is None:
+            raise NotRun(backend.broken or "no kernel takes these arguments")
+        took = {
+            "kernel": waited(lambda z, tokens: commit.kernel(backend, (z, tokens, [MASK], selection, 1.0, None)), sets, device) * 1e6,
+            "eager": waited(lambda z, tokens: scheduler.step(z, 0, tokens, mask_token_id=MASK, threshold=0.9), sets, device) * 1e6,
+        }
+    except RuntimeError as error:
+        return {**row, "name": _with(commit, error), **dict.fromkeys(("kernel", "eager", "ratio", "unlike"))}
     unlike = int((theirs.prev_sample != ours[3]).sum())
-    row = {"part": "decoding", "name": f"bfloat16, {vocabulary:,} tokens", "size": list(size), **took}
-    return {**row, "ratio": took["eager"] / took["kernel"], "unlike": unlike}
+    return {**row, **took, "ratio": took["eager"] / took["kernel"], "unlike": unlike}
 
 
 def waited(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], device: torch.device, rounds: int = 7) -> float:
@@ -290,7 +293,7 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
         Bar.at_most("entries unlike the reference's where none may be", sum(row["unlike"] for row in checks if row["exact"]), 0),
     ]
     times = [row for row in rows if row["part"] == "times" and row["kernel"] is not None]
-    missing = sum(row["kernel"] is None for row in rows if row["part"] == "times")
+    missing = sum(row["kernel"] is None for row in rows if row["part"] in ("times", "decoding"))
     if times or missing:
         bars.append(Bar.at_most("ops that could not be timed", missing, 0))
     large = [row for row in times if row["decoding"] or math.prod(row["size"]) >= ENOUGH]
@@ -310,7 +313,7 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
     if graphed is not None and plain is not None and graphed["waits"] is not None:
         bars.append(Bar.at_most("FLUX-size, planned, with graphs: waits for the device that the plain pipeline has not",
                                 graphed["waits"] - plain["waits"], 0))  # fmt: skip
-    decoding = [row for row in rows if row["part"] == "decoding"]
+    decoding = [row for row in rows if row["part"] == "decoding" and row["ratio"] is not None]
     if decoding:
         bars.append(Bar.at_least("diffusers' step over token_commit", min(row["ratio"] for row in decoding), 10.0))
         bars.append(Bar.at_most("tokens unlike those of diffusers' step", sum(row["unlike"] for row in decoding), 0))

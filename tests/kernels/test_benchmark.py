@@ -96,7 +96,7 @@ def test_bars_are_those_of_the_rows() -> None:
     small, logits = {**time, "size": [1, 8, 8], "share": 0.1}, {**time, "size": [1, 1, 9], "decoding": True, "share": 0.1}
     lost, product = {**time, "name": "lost: not run", "kernel": None, "share": None}, {**time, "memory_bound": False, "share": 0.1}
     slow = {**time, "name": "slow", "share": 0.8, "compiled": 1.0}
-    step = {"part": "decoding", "ratio": 12.0, "unlike": 0}
+    step = {"part": "decoding", "ratio": 12.0, "unlike": 0, "kernel": 3.0}
     rows = [{**time, "compiled": 3.0}, {**small, "compiled": 0.1}, {**logits, "compiled": 9.0}, {**product, "compiled": 9.0}]
     bars = bars_of([check, *rows, slow, step])
     assert [bar.value for bar in bars] == [0.4, 0, 0, 0, 0.8, 0.5, 12.0, 0]
@@ -112,6 +112,16 @@ def test_bars_are_those_of_the_rows() -> None:
         bars = bars_of([check, *pipelines, {**graphed, "waits": waits}])
         assert [bar.value for bar in bars[3:]] == [1.0, waits - 3] and bars[-1].holds == held
     assert [bar.holds for bar in bars_of([{**check, "error": 1.1, "right": False, "exact": True}])] == [False] * 3
+
+
+def test_a_step_that_fails_is_a_row(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert")
+
+    monkeypatch.setattr(kernels.BlockRefinementScheduler, "step", broken)
+    row = scheduler_beside((3, 8, 300), any_machine.backend, CPU)
+    assert row["name"] == "token_commit, threshold: not run, CUDA error: device-side assert" and row["ratio"] is None
+    assert [bar.value for bar in bars_of([{"part": "checks", "error": 0.4, "right": True, "unlike": 0, "exact": True}, row])][3:] == [1]
 
 
 def test_the_step_beside_it_commits_the_same_tokens(any_machine: Machine) -> None:
