@@ -17,7 +17,8 @@ from hasten.accelerators.caching.state import moved
 
 def sent(values: Sequence[bool | int | float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A few values on a device, without waiting for it: from memory that is not pinned, a copy waits for all that is queued."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 class Ahead:
