@@ -21,9 +21,10 @@ from hasten.kernels import backend, ops
 from hasten.kernels.arguments import Modulation, Norm
 
 Forward = Callable[..., Any]
-LEAST = 1 << 22
-"""Entries of hidden states from which on blocks are fused. With fewer, what the host takes to prepare a launch (some ten microseconds more
-than for the chain) is longer than the passes over memory that it saves; reckoned for 2 to 4 TB/s, not measured."""
+LEAST = 1 << 21
+"""Entries of a sample's hidden states from which on its blocks are fused. With fewer, what the host takes to prepare a launch (some ten
+microseconds more than for the chain) is longer than the passes over memory that it saves; reckoned for two samples and 2 to 4 TB/s, not
+measured. Of a sample, so that its result does not depend on how many others there are."""
 
 
 class NotForeseen(Exception):
@@ -249,6 +250,6 @@ def _handler(block: nn.Module, function: Forward) -> Handler:
 
 
 def _takes(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in ops.STREAMS or x.numel() < LEAST:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.dtype not in ops.STREAMS or x.numel() < max(1, LEAST * len(x)):
         return False
     return fuses(x) and not torch.is_autocast_enabled(x.device.type)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hasten.accelerators.caching.delta_dit import DeltaDiT
 from hasten.accelerators.caching.plan import Plan
+from hasten.accelerators.scheduler_hook import SchedulerListener, hooked
 from hasten.benchmarks.harness import Timing, Variant, interleave
 from hasten.benchmarks.peers import DBCache, Peer
 from hasten.pipelines.accelerated import AcceleratedPipeline, ComputeAll, accelerate
@@ -240,6 +241,7 @@ def time_pipeline(
 
 
 def _rows(subject: Subject, device: torch.device, compiled: bool, deadline: float, rounds: int, speedup: float) -> list[dict[str, Any]]:
+    _fits(BUILDING, deadline)
     pipe = build(subject, device)
     plain = min(Way(pipe).timed(subject, device, r) for r in range(2))
     # Ten ways, together as long as seven plain runs, and what the planner tries.
@@ -247,20 +249,21 @@ def _rows(subject: Subject, device: torch.device, compiled: bool, deadline: floa
     _fits(whole, deadline)
     planned = plan(pipe, PROMPTS, speedup=speedup, replays=1, batch=1, progress=False, **subject.call)
     ways = ways_of(pipe, planned)
-    rows = _timed(subject, ways, device, rounds, "")
+    rows = _timed(subject, ways, pipe.scheduler, device, rounds, "")
     if compiled:
         try:
             _fits(whole + COMPILING, deadline)
             pipe.transformer.compile_repeated_blocks(fullgraph=True)
             # What cache-dit puts on does not go with blocks that were compiled before.
-            rows += _timed(subject, {name: way for name, way in ways.items() if way.peer is None}, device, rounds, ", compiled")
+            ours = {name: way for name, way in ways.items() if way.peer is None}
+            rows += _timed(subject, ours, pipe.scheduler, device, rounds, ", compiled")
         except RuntimeError as error:  # the compiler's too: what was measured before is not lost
             rows.append(not_run(subject, "compiled", error))
     return [{**row, "speedup": rows[0]["seconds"] / row["seconds"] if row["seconds"] else None} for row in rows]
 
 
-COMPILING = 60.0
-"""Seconds that compiling the blocks of a pipeline is given."""
+BUILDING, COMPILING = 30.0, 60.0
+"""Seconds that making a pipeline and compiling its blocks are given."""
 
 
 def _fits(seconds: float, deadline: float) -> None:
@@ -279,7 +282,9 @@ def not_run(subject: Subject, variant: str, error: Exception) -> dict[str, Any]:
 NUMBERS = ("seconds", "bound", "waits", "speedup")
 
 
-def _timed(subject: Subject, ways: Mapping[str, Way], device: torch.device, rounds: int, suffix: str) -> list[dict[str, Any]]:
+def _timed(
+    subject: Subject, ways: Mapping[str, Way], scheduler: Any, device: torch.device, rounds: int, suffix: str
+) -> list[dict[str, Any]]:
     waits: dict[str, int | None] = {}
 
     def variant(name: str, way: Way) -> Variant:
@@ -289,7 +294,7 @@ def _timed(subject: Subject, ways: Mapping[str, Way], device: torch.device, roun
 
         for r in range(way.warmups - 1):
             run(r)
-        waits[name] = synchronisations(lambda: run(way.warmups - 1), device)
+        waits[name] = synchronisations(lambda: run(way.warmups - 1), scheduler, subject.call["num_inference_steps"], device)
         return Variant(name, run)
 
     timings = interleave([variant(name, way) for name, way in ways.items()], rounds)
@@ -301,16 +306,36 @@ def _timed(subject: Subject, ways: Mapping[str, Way], device: torch.device, roun
     return rows
 
 
-def synchronisations(run: Callable[[], object], device: torch.device) -> int | None:
-    """How often the host waits for the device in a run, as far as PyTorch tells; None where there is no such device."""
+def synchronisations(run: Callable[[], object], scheduler: Any, steps: int, device: torch.device) -> int | None:
+    """How often the host waits for the device between the first step of a run and the last, as far as PyTorch tells; None where there is
+    no such device. What is done once for a run (weights that are compared with a plan's, a trace) is before and behind."""
     if device.type != "cuda":
         return None
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as said, hooked(scheduler, _Between(steps, before)):
+        warnings.simplefilter("always")
+        try:
             run()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
+
+
+class _Between(SchedulerListener):
+    """Has PyTorch tell of waits from the end of a run's first step to that of its last but one."""
+
+    def __init__(self, steps: int, before: int) -> None:
+        self.steps, self.before, self.done = steps, before, 0
+
+    def timesteps_set(self, scheduler: Any) -> None:
+        self.done = 0
+
+    def scaled(self, scheduler: Any, timestep: Any) -> None:
+        return None
+
+    def stepped(self, scheduler: Any, model_output: Any, sample: Any) -> None:
+        self.done += 1
+        torch.cuda.set_sync_debug_mode("warn" if self.done < self.steps - 1 else self.before)
+
+    def reindexed(self, scheduler: Any, index: Tensor, rows: int) -> None:
+        return None

@@ -42,7 +42,6 @@ from hasten.kernels import ops, reference, report
 from hasten.kernels.arguments import Grid, Selection, Weight
 from hasten.kernels.backend import Backend
 from hasten.kernels.measure import NotRun, check, copy_bandwidth, timed
-from hasten.kernels.nvrtc import Compiler
 from hasten.kernels.trials import DECODING, TRIALS, Draw, Size, Trial, mapped
 from hasten.pipelines.accelerated import accelerate
 from hasten.pipelines.calibration import calibrate
@@ -236,6 +235,15 @@ def scheduler_beside(size: Size, backend: Backend, device: torch.device) -> dict
 
     That is `token_stats` and the selection in one launch: a step of the scheduler does both.
     """
+    commit = next(trial for trial in DECODING if trial.op == "token_commit")
+    row = {"part": "decoding", "name": f"bfloat16, {size[2]:,} tokens", "size": list(size)}
+    try:
+        return {**row, **_scheduler_beside(commit, size, backend, device)}
+    except RuntimeError as error:
+        return {**row, "name": _with(commit, error), **dict.fromkeys(("kernel", "eager", "ratio", "unlike"))}
+
+
+def _scheduler_beside(commit: Trial, size: Size, backend: Backend, device: torch.device) -> dict[str, Any]:
     rows, width, vocabulary = size
     draw = Draw(0, size, torch.bfloat16, device)
     current = draw.integers(MASK + 1, vocabulary, rows, width)
@@ -244,23 +252,18 @@ def scheduler_beside(size: Size, backend: Backend, device: torch.device) -> dict
     logits[..., MASK] = -torch.inf  # the kernel never commits the mask either
     scheduler = BlockRefinementScheduler(block_length=width, num_inference_steps=width)
     scheduler.set_timesteps(width, device=device)
-    commit = next(trial for trial in DECODING if trial.op == "token_commit")
     selection = Selection(MASK, 0.9)
     sets = [(logits, current), mapped((logits, current), torch.Tensor.clone)]
-    row = {"part": "decoding", "name": f"bfloat16, {vocabulary:,} tokens", "size": list(size)}
-    try:
-        theirs = scheduler.step(logits, 0, current, mask_token_id=MASK, threshold=0.9)
-        ours = commit.kernel(backend, (logits, current, [MASK], selection, 1.0, None))
-        if ours is None:
-            raise NotRun(backend.broken or "no kernel takes these arguments")
-        took = {
-            "kernel": waited(lambda z, tokens: commit.kernel(backend, (z, tokens, [MASK], selection, 1.0, None)), sets, device) * 1e6,
-            "eager": waited(lambda z, tokens: scheduler.step(z, 0, tokens, mask_token_id=MASK, threshold=0.9), sets, device) * 1e6,
-        }
-    except RuntimeError as error:
-        return {**row, "name": _with(commit, error), **dict.fromkeys(("kernel", "eager", "ratio", "unlike"))}
+    theirs = scheduler.step(logits, 0, current, mask_token_id=MASK, threshold=0.9)
+    ours = commit.kernel(backend, (logits, current, [MASK], selection, 1.0, None))
+    if ours is None:
+        raise NotRun(backend.broken or backend.refused or "no kernel takes these arguments")
+    took = {
+        "kernel": waited(lambda z, tokens: commit.kernel(backend, (z, tokens, [MASK], selection, 1.0, None)), sets, device) * 1e6,
+        "eager": waited(lambda z, tokens: scheduler.step(z, 0, tokens, mask_token_id=MASK, threshold=0.9), sets, device) * 1e6,
+    }
     unlike = int((theirs.prev_sample != ours[3]).sum())
-    return {**row, **took, "ratio": took["eager"] / took["kernel"], "unlike": unlike}
+    return {**took, "ratio": took["eager"] / took["kernel"], "unlike": unlike}
 
 
 def waited(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], device: torch.device, rounds: int = 7) -> float:
@@ -311,7 +314,7 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
         over = computed["seconds"] / graphed["seconds"] / graphed["bound"]
         bars.append(Bar.at_least("FLUX-size, planned, with graphs: speed-up over bound", over, 0.97))
     if graphed is not None and plain is not None and graphed["waits"] is not None:
-        bars.append(Bar.at_most("FLUX-size, planned, with graphs: waits for the device that the plain pipeline has not",
+        bars.append(Bar.at_most("FLUX-size, planned, with graphs: waits between steps that the plain pipeline has not",
                                 graphed["waits"] - plain["waits"], 0))  # fmt: skip
     decoding = [row for row in rows if row["part"] == "decoding" and row["ratio"] is not None]
     if decoding:
@@ -321,9 +324,9 @@ def bars_of(rows: Sequence[dict[str, Any]]) -> list[Bar]:
 
 
 def page(results: Results) -> str:
-    """The page docs/results/kernels.md; `python -m hasten.kernels.report --measured` makes it from results of several machines."""
-    compiler = Compiler()
-    return report.page(report.resources(compiler), compiler.version, [results.to_json()])
+    """What was measured, as Markdown; `python -m hasten.kernels.report --measured` makes docs/results/kernels.md of it."""
+    measured = [results.to_json()]
+    return f"# Kernels, measured\n\n## On a CPU\n\n{report.on_cpu(measured)}\n\n## On a GPU\n\n{report.on_gpu(measured)}\n"
 
 
 def run(quick: bool = False, json_path: Path | None = None, docs: Path | None = None, **settings: Any) -> int:

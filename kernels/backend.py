@@ -12,11 +12,9 @@ import torch
 
 from hasten.kernels.cubins import Cubins
 from hasten.kernels.driver import Driver, DriverError, Kernels
-from hasten.kernels.nvrtc import CompileError
+from hasten.kernels.nvrtc import CompileError, NoCompiler
 
 P = ParamSpec("P")
-FAILURES = 3
-"""Launches in a row that the driver may refuse before no more are tried: memory may be short, or a capture forbid loading, for once."""
 
 
 class Backend:
@@ -27,17 +25,18 @@ class Backend:
         stream: The handle of the caller's present stream.
 
     Attributes:
-        broken: Why kernels do not run here, once that is known: they cannot be compiled, there is no driver, or it goes on refusing.
+        broken: Why no kernel runs here, once that is known: there is no driver, or nothing that compiles.
+        refused: Why the latest launch that was refused was.
     """
 
     def __init__(self, make: Callable[[], Kernels], stream: Callable[[], int]) -> None:
         self._make, self._stream = make, stream
         self._kernels: Kernels | None = None
-        self._refused = 0
         self.broken: str | None = None
+        self.refused: str | None = None
 
     def run(self, launch: Callable[Concatenate[Kernels, int, P], None], *args: P.args, **kwargs: P.kwargs) -> bool:
-        """Whether the launch went through. If not, a warning has said why; once it is known to be for good, no further one is tried.
+        """Whether the launch went through. If not, a warning has said why.
 
         Args:
             launch: Puts kernels on a stream, given by its handle; the rest are its other arguments.
@@ -48,16 +47,17 @@ class Backend:
             if self._kernels is None:
                 self._kernels = self._make()
             launch(self._kernels, self._stream(), *args, **kwargs)
+            return True
         except (CompileError, DriverError) as error:
-            self._refused += 1
-            if isinstance(error, CompileError) or self._kernels is None or self._refused >= FAILURES:
+            if self._kernels is None or isinstance(error, NoCompiler):
                 self.broken = str(error)
                 warnings.warn(f"hasten's kernels are off, PyTorch's are used: {error}", RuntimeWarning, stacklevel=2)
-            else:
-                warnings.warn(f"one of hasten's kernels did not run, PyTorch's was used: {error}", RuntimeWarning, stacklevel=2)
+            elif str(error) != self.refused:
+                warnings.warn(
+                    f"one of hasten's kernels does not run, PyTorch's are used in its place: {error}", RuntimeWarning, stacklevel=2
+                )
+            self.refused = str(error)
             return False
-        self._refused = 0
-        return True
 
 
 def wanted() -> bool:

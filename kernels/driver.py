@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from hasten.kernels.nvrtc import CompileError
+
 Size = tuple[int, int]
 """Of a grid or a block: x and y."""
 
@@ -79,11 +81,15 @@ class Driver:
         return status == 0
 
 
+TRIES = 3
+"""How often the driver may refuse a kernel before it is given up: memory may be short, or a capture forbid loading, for once."""
+
+
 class Kernels:
     """The kernels of one device: a source file is compiled and loaded when the first of its kernels is launched.
 
     Args:
-        driver: Of the device, whose context is current at every launch.
+        driver: Of the device.
         image: Machine code of a source file, by its name; called with `True` where what it gave before cannot be loaded.
     """
 
@@ -91,22 +97,37 @@ class Kernels:
         self.driver, self.image = driver, image
         self._modules: dict[str, ctypes.c_void_p] = {}
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._again: set[str] = set()
+        self._refused: dict[str, list[CompileError | DriverError]] = {}
 
     def launch(self, source: str, name: str, grid: Size, block: Size, args: ctypes.Structure, stream: int) -> None:
-        """Launches the kernel `name` of a source file.
+        """Launches the kernel `name` of a source file. One that was refused too often is refused from then on, at no cost.
 
         Raises:
             CompileError: The file cannot be compiled.
             DriverError: The driver refuses.
         """
-        if name not in self._functions:
-            self._functions[name] = self.driver.function(self._module(source), name)
-        self.driver.launch(self._functions[name], grid, block, args, stream)
+        refused = self._refused.get(name, [])
+        if len(refused) >= TRIES or (refused and isinstance(refused[-1], CompileError)):
+            raise refused[-1]
+        try:
+            if name not in self._functions:
+                self._functions[name] = self.driver.function(self._module(source), name)
+            self.driver.launch(self._functions[name], grid, block, args, stream)
+        except (CompileError, DriverError) as error:
+            told = error if isinstance(error, CompileError) else DriverError(f"{name}: {error}")
+            self._refused[name] = [*refused, told]
+            raise told from None
+        if refused:
+            del self._refused[name]
 
     def _module(self, source: str) -> ctypes.c_void_p:
         if source not in self._modules:
             try:
                 self._modules[source] = self.driver.load(self.image(source, False))
             except DriverError:
+                if source in self._again:  # compiling takes seconds: once
+                    raise
+                self._again.add(source)
                 self._modules[source] = self.driver.load(self.image(source, True))
         return self._modules[source]

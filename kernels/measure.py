@@ -123,7 +123,7 @@ def check(trial: Trial, size: Size, dtype: torch.dtype, backend: Backend, device
     with poisoned():
         made = trial.kernel(backend, there)
     if made is None:
-        raise NotRun(f"{trial.name}: {backend.broken or 'no kernel takes these arguments'}")
+        raise NotRun(f"{trial.name}: {backend.broken or backend.refused or 'no kernel takes these arguments'}")
     made = [tensor.to(_CPU) for tensor in made]
     want = trial.reference(args)
     alike = len(made) == len(want) and all(m.shape == w.shape and m.dtype == w.dtype for m, w in zip(made, want, strict=True))
@@ -172,7 +172,7 @@ def timed(
     args = trial.make(Draw(0, size, dtype, device))
     made = trial.kernel(backend, args)
     if made is None:
-        raise NotRun(f"{trial.name}: {backend.broken or 'no kernel takes these arguments'}")
+        raise NotRun(f"{trial.name}: {backend.broken or backend.refused or 'no kernel takes these arguments'}")
     needed = trial.traffic(args, made)
     sets = [args, *(mapped(args, torch.Tensor.clone) for _ in range(_turns(needed, device) - 1))]
     with torch.no_grad():

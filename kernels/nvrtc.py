@@ -17,6 +17,10 @@ class CompileError(RuntimeError):
     """There is no compiler, or it refused; the message says which and why."""
 
 
+class NoCompiler(CompileError):
+    """There is none."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one kernel takes of a multiprocessor.
@@ -91,13 +95,13 @@ class Compiler:
         version: (major, minor) of it.
 
     Raises:
-        CompileError: There is none, or it cannot be loaded.
+        NoCompiler: There is none, or it cannot be loaded.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         path = path or find_nvrtc()
         if path is None:
-            raise CompileError("no NVRTC was found: pip install nvidia-cuda-nvrtc, or set CUDA_HOME")
+            raise NoCompiler("no NVRTC was found: pip install nvidia-cuda-nvrtc, or set CUDA_HOME")
         try:
             # NVRTC 13 of pip looks for its built-in functions on the library path only, where they are not.
             for builtins in sorted(path.parent.glob("libnvrtc-builtins.so*")):
@@ -108,7 +112,7 @@ class Compiler:
             major, minor = ctypes.c_int(), ctypes.c_int()
             self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
         except (OSError, AttributeError) as error:
-            raise CompileError(f"{path} cannot be loaded as NVRTC: {error}") from None
+            raise NoCompiler(f"{path} cannot be loaded as NVRTC: {error}") from None
         self.version = major.value, minor.value
 
     def architectures(self) -> tuple[int, ...]:

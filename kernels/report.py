@@ -91,7 +91,9 @@ def on_cpu(measured: Sequence[Measured]) -> str:
     if not rows:
         return "Not measured."
     where = next(one for one in measured if rows[0] in one["rows"])
-    parts = [f"{where['machine']['processor']}, one thread."]
+    load = where["machine"].get("load_at_start")
+    busy = "" if load is None else f"; load of the machine at the start: {load:.2g}"
+    parts = [f"{where['machine']['processor']}, one thread{busy}."]
     for part, head in (("cpu", ["activations", "float32, ms", "int8, ms"]), ("cpu denoiser", ["one plan", "float32, s", "int8, s"])):
         cells = [[row["name"], *(_cell(row[key]) for key in ("float32", "int8", "ratio"))] for row in rows if row["part"] == part]
         parts += [table([*head, "times as fast"], cells)] if cells else []
@@ -129,7 +131,7 @@ COLUMNS = {
     "decoding": {"logits": "name", "size": "size", "token_commit, µs": "kernel", "scheduler's step, µs": "eager", "times as fast": "ratio"},
     "pipelines": {
         "pipeline": "name", "variant": "variant", "seconds": "seconds", "times as fast": "speedup", "bound": "bound",
-        "waits for the device": "waits",
+        "waits between steps": "waits",
     },
 }  # fmt: skip
 """Of the benchmark's rows, part by part: headings and keys."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -44,11 +45,11 @@ class Runs:
     seeds: tuple[int, ...]
     batch: int
     call: dict[str, Any]
-    traces: dict[TraceKey, Trace] = field(default_factory=dict)
+    traces: WeakKeyDictionary[nn.Module, dict[TraceKey, Trace]] = field(default_factory=WeakKeyDictionary)
 
     def run(self, method: Any, tick: Callable[[], None], **options: Any) -> tuple[Tensor, AcceleratedPipeline]:
         """Final latents [prompts, ...] under a method, and the wrapper that made them."""
-        fast = AcceleratedPipeline(self.pipe, method, (self.denoiser,), traces={self.denoiser: self.traces}, **options)
+        fast = AcceleratedPipeline(self.pipe, method, (self.denoiser,), traces={self.denoiser: self._known}, **options)
         made = []
         for at in range(0, len(self.prompts), self.batch):
             part = slice(at, at + self.batch)
@@ -95,8 +96,13 @@ class Runs:
         """A trace, from one denoiser call."""
         call = {**self.call, "output_type": "latent"}
         found = trace(self.pipe, list(self.prompts[: self.batch]), denoiser=self.denoiser, **call)
-        self.traces[found.resolution, getattr(torch, found.dtype)] = found
+        self._known[found.resolution, getattr(torch, found.dtype)] = found
         return found
+
+    @property
+    def _known(self) -> dict[TraceKey, Trace]:
+        """Traces of the network that the pipeline has now."""
+        return self.traces.setdefault(self.module, {})
 
     @property
     def parts(self) -> list[Runs]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hasten
 from hasten.accelerators import fused_blocks as fused
+from hasten.accelerators import fusing
 from hasten.accelerators.dispatch import intercept
 from tests import families
 from tests.families import PIPELINES, run
@@ -202,9 +203,10 @@ def test_gradients_autocast_few_tokens_and_other_devices_run_as_always(
             model(**inputs(0))[0].sum().backward()
         with torch.autocast("cpu", torch.bfloat16):
             model(**inputs(0))
-        monkeypatch.setattr(fused, "LEAST", 1 << 22)
+        monkeypatch.setattr(fused, "LEAST", 64 * 32 + 1)  # a sample has 64 tokens of 32 channels
         model(**inputs(0))
-        monkeypatch.undo()
+        monkeypatch.setattr(fused, "LEAST", 1)
+        monkeypatch.setattr(fused, "fuses", fusing.fuses)
         model(**inputs(0))
     assert not passes and next(model.parameters()).grad is not None
 

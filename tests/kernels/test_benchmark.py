@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from hasten.benchmarks import kernel_pipelines, kernels
 from hasten.benchmarks.harness import BenchError, Results, unnoted
@@ -20,10 +21,10 @@ from hasten.benchmarks.kernels import bars_of, execute, scheduler_beside
 from hasten.kernels import report
 from hasten.kernels.backend import Backend
 from hasten.kernels.cubins import digest
-from hasten.kernels.driver import DriverError, Kernels
-from hasten.kernels.nvrtc import Resources
+from hasten.kernels.driver import Driver, DriverError, Kernels
+from hasten.kernels.nvrtc import CompileError, Resources
 from hasten.kernels.trials import DECODING, TRIALS, Trial
-from tests.kernels.machine import Machine
+from tests.kernels.machine import IMAGE, Machine
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -55,13 +56,12 @@ def test_all_ops_are_checked_and_timed(results: Results) -> None:
     assert all(bar.holds for bar in right), right
 
 
-def test_the_page_says_what_was_measured(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_says_what_was_measured(results: Results, tmp_path: Path) -> None:
     results.write_json(tmp_path / "kernels.json")
     read = json.loads((tmp_path / "kernels.json").read_text())
     text = report.on_gpu([read])
     assert "| token_stats, drawn | bfloat16 | 2 x 4 x 64 |" in text and "### Pipelines\n\nNot measured." in text and "### Bars" in text
     assert "cpu; a copy" in text and report.on_gpu([read, {**read, "settings": {"device": "two", "bandwidth": 1.0}}]).count("### Bars") == 2
-    monkeypatch.setattr(report, "resources", lambda compiler: FOUND)
     assert "token_stats, drawn" in kernels.page(results)
     for none in ([], [{**read, "settings": {"device": None}}]):
         assert report.on_gpu(none).startswith("Not measured: no number here was seen on a GPU.")
@@ -118,7 +118,7 @@ def test_a_step_that_fails_is_a_row(any_machine: Machine, monkeypatch: pytest.Mo
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("CUDA error: device-side assert")
 
-    monkeypatch.setattr(kernels.BlockRefinementScheduler, "step", broken)
+    monkeypatch.setattr(kernels.Draw, "hidden", broken)  # of an op before, which every later call meets
     row = scheduler_beside((3, 8, 300), any_machine.backend, CPU)
     assert row["name"] == "token_commit, threshold: not run, CUDA error: device-side assert" and row["ratio"] is None
     assert [bar.value for bar in bars_of([{"part": "checks", "error": 0.4, "right": True, "unlike": 0, "exact": True}, row])][3:] == [1]
@@ -153,6 +153,18 @@ def test_a_gpu_that_runs_no_kernels_says_why(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.warns(RuntimeWarning), pytest.raises(BenchError, match="no kernel runs here: no CUDA driver"):
         execute(backend=Backend(make, lambda: 0), **SMALL)
+
+
+def test_a_source_that_does_not_compile_costs_its_own_ops_alone(any_machine: Machine) -> None:
+    def image(source: str, again: bool) -> bytes:
+        if source == "drift":
+            raise CompileError("NVRTC refuses drift.cu")
+        return IMAGE
+
+    with pytest.warns(RuntimeWarning):
+        found = execute(backend=Backend(lambda: Kernels(Driver(any_machine.path), image), lambda: 0), **SMALL)
+    lost = [row["name"] for row in found.rows if "not run" in row["name"]]
+    assert lost == ["drift: not run, drift: NVRTC refuses drift.cu"] * 4 and not found.all_hold
 
 
 def test_an_op_that_fails_costs_no_other_its_result(any_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +259,12 @@ def test_a_pipeline_that_cannot_be_timed_costs_no_results(any_machine: Machine, 
 
 def test_what_does_not_fit_in_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = tiny("PixArt-alpha-XL")
+    built: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(kernel_pipelines, "build", lambda *args: built.append(args))
+        (row,) = kernels.pipelines_of(subject, CPU, True, time.monotonic() + 1)
+    assert not built and row["variant"].startswith("all: not run, about 30 s are needed")
+    monkeypatch.setattr(kernel_pipelines, "BUILDING", 0.0)
     (row,) = kernels.pipelines_of(subject, CPU, True, time.monotonic() + 0.001)
     assert row["variant"].startswith("all: not run, about ") and row["variant"].endswith("s are left") and row["seconds"] is None
     monkeypatch.setattr(kernel_pipelines, "COMPILING", 1e6)
@@ -254,19 +272,28 @@ def test_what_does_not_fit_in_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows[0]["seconds"] > 0 and rows[-1]["variant"].startswith("compiled: not run, about 1000") and rows[-1]["speedup"] is None
 
 
-def test_waits_for_the_device_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PyTorch says them; what else is warned of is not counted, and the mode is as before."""
-    modes = [0]
-    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+def test_waits_between_steps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch says them; what else is warned of is not counted, nor what is before the first step's end or behind the last's begin."""
+    mode = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda wanted: mode.__setitem__(0, wanted))
+    scheduler = DDIMScheduler()
 
-    def run() -> None:
-        for _ in range(3):
+    def waits() -> None:
+        if mode[0] == "warn":
             warnings.warn("called a synchronizing CUDA operation (Triggered internally at /some/file.cpp:80.)", UserWarning, stacklevel=1)
         warnings.warn("something else", UserWarning, stacklevel=1)
 
-    assert synchronisations(run, torch.device("cuda")) == 3 and modes == [0, "warn", 0]
-    assert synchronisations(run, CPU) is None
+    def run() -> None:
+        waits()
+        scheduler.set_timesteps(5)
+        for timestep in scheduler.timesteps:
+            waits()
+            scheduler.step(torch.zeros(1), timestep, torch.zeros(1))
+        waits()
+
+    assert synchronisations(run, scheduler, 5, torch.device("cuda")) == 3 and mode == ["default"]
+    assert synchronisations(run, scheduler, 5, CPU) is None
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -16,7 +16,7 @@ from hasten.kernels import cubins, fused, reference
 from hasten.kernels.backend import Backend
 from hasten.kernels.cubins import Cubins
 from hasten.kernels.driver import Driver, DriverError, Kernels
-from hasten.kernels.nvrtc import Compiled, CompileError, Compiler
+from hasten.kernels.nvrtc import Compiled, CompileError, Compiler, NoCompiler
 from tests.kernels.machine import IMAGE, Machine
 
 
@@ -111,7 +111,7 @@ def test_the_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_a_compiler_the_reference_answers_and_one_warning_says_why() -> None:
     def make() -> Kernels:
-        raise CompileError("no NVRTC was found")
+        raise NoCompiler("no NVRTC was found")
 
     backend, x = Backend(make, lambda: 0), torch.randn(2, 3, 8)
     with pytest.warns(RuntimeWarning, match="kernels are off, PyTorch's are used: no NVRTC was found"):
@@ -141,22 +141,44 @@ def test_a_thread_without_a_context_is_given_the_devices(machine: Machine) -> No
 
 
 def test_what_the_driver_refuses_for_once_is_tried_again(machine: Machine) -> None:
-    x, refusing = torch.randn(2, 3, 8), 0
+    """Three times, and other kernels go on meanwhile; compiled again is once."""
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8).bfloat16()
+    bad, asked = {"apply"}, []
 
-    def make() -> Kernels:
-        return Kernels(Driver(machine.path), lambda source, again: b"no memory" if refusing else IMAGE)
+    def image(source: str, again: bool) -> bytes:
+        asked.append((source, again))
+        return b"no memory" if source in bad else IMAGE
 
-    backend = Backend(make, lambda: 0)
-    refusing = 1
-    with pytest.warns(RuntimeWarning, match="one of hasten's kernels did not run, PyTorch's was used: cuModuleLoadData failed"):
+    backend = Backend(lambda: Kernels(Driver(machine.path), image), lambda: 0)
+    with pytest.warns(RuntimeWarning, match="one of hasten's kernels does not run, .*: apply_float_float_4: cuModuleLoadData failed"):
         assert fused.delta_apply(backend, x, x) is None
-    refusing = 0
-    assert fused.delta_apply(backend, x, x) is not None
-    refusing = 1
-    with pytest.warns(RuntimeWarning) as said:
-        for _ in range(5):
-            assert fused.reindex(backend, [x], torch.tensor([1])) is None
-    assert len(said) == 3 and "kernels are off" in str(said[-1].message) and backend.broken
+    assert backend.refused and "cuModuleLoadData" in backend.refused
+    bad.clear()
+    assert fused.delta_apply(backend, x, x) is not None and backend.broken is None
+    bad.add("store")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            assert fused.delta_store(backend, x, x, "bf16") is None
+            assert fused.delta_apply(backend, x, x) is not None, "the others run"
+    assert len(said) == 1 and asked.count(("store", True)) == 1 and asked.count(("store", False)) == 3
+    bad.clear()
+    assert fused.delta_store(backend, x, x, "bf16") is None, "given up"
+    assert fused.delta_store(backend, y, y, "bf16") is not None, "another kernel of the same file"
+
+
+def test_a_source_that_is_refused_leaves_the_others(machine: Machine) -> None:
+    x = torch.randn(2, 3, 8)
+
+    def image(source: str, again: bool) -> bytes:
+        if source == "store":
+            raise CompileError("NVRTC 13.0 refuses store.cu")
+        return IMAGE
+
+    backend = Backend(lambda: Kernels(Driver(machine.path), image), lambda: 0)
+    with pytest.warns(RuntimeWarning, match=r"PyTorch's are used in its place: NVRTC 13.0 refuses store\.cu"):
+        assert fused.delta_store(backend, x, x, "bf16") is None
+    assert fused.delta_apply(backend, x, x) is not None and backend.broken is None
 
 
 def test_the_drivers_words_reach_the_user(machine: Machine) -> None:
