@@ -98,7 +98,7 @@ class Kernels:
         self._modules: dict[str, ctypes.c_void_p] = {}
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._again: set[str] = set()
-        self._refused: dict[str, list[CompileError | DriverError]] = {}
+        self._refused: dict[str, tuple[int, str]] = {}
 
     def launch(self, source: str, name: str, grid: Size, block: Size, args: ctypes.Structure, stream: int) -> None:
         """Launches the kernel `name` of a source file. One that was refused too often is refused from then on, at no cost.
@@ -107,18 +107,20 @@ class Kernels:
             CompileError: The file cannot be compiled.
             DriverError: The driver refuses.
         """
-        refused = self._refused.get(name, [])
-        if len(refused) >= TRIES or (refused and isinstance(refused[-1], CompileError)):
-            raise refused[-1]
+        times, why = self._refused.get(name, (0, ""))
+        if times >= TRIES:
+            raise DriverError(why)
         try:
             if name not in self._functions:
                 self._functions[name] = self.driver.function(self._module(source), name)
             self.driver.launch(self._functions[name], grid, block, args, stream)
-        except (CompileError, DriverError) as error:
-            told = error if isinstance(error, CompileError) else DriverError(f"{name}: {error}")
-            self._refused[name] = [*refused, told]
-            raise told from None
-        if refused:
+        except CompileError as error:
+            self._refused[name] = TRIES, str(error)
+            raise
+        except DriverError as error:
+            self._refused[name] = times + 1, f"{name}: {error}"
+            raise DriverError(f"{name}: {error}") from None
+        if times:
             del self._refused[name]
 
     def _module(self, source: str) -> ctypes.c_void_p:
