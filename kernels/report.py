@@ -86,16 +86,22 @@ def moved() -> str:
 
 
 def on_cpu(measured: Sequence[Measured]) -> str:
-    """The int8 layer beside float32, as the benchmark found it; of several results the one that has most of it."""
-    rows = max(([row for row in one["rows"] if row["part"].startswith("cpu")] for one in measured), key=len, default=[])
-    if not rows:
-        return "Not measured."
-    where = next(one for one in measured if rows[0] in one["rows"])
-    load = where["machine"].get("load_at_start")
-    busy = "" if load is None else f"; load of the machine at the start: {load:.2g}"
-    parts = [f"{where['machine']['processor']}, one thread{busy}."]
-    for part, head in (("cpu", ["activations", "float32, ms", "int8, ms"]), ("cpu denoiser", ["one plan", "float32, s", "int8, s"])):
-        cells = [[row["name"], *(_cell(row[key]) for key in ("float32", "int8", "ratio"))] for row in rows if row["part"] == part]
+    """The int8 layer beside float32, run by run, as the benchmark found it."""
+    runs = [one for one in measured if any(row["part"] in ON_CPU for row in one["rows"])]
+    return "\n\n".join(map(_of_cpu, runs)) or "Not measured."
+
+
+ON_CPU = {"cpu": ["activations", "float32, ms", "int8, ms"], "cpu denoiser": ["one plan", "float32, s", "int8, s"]}
+"""Of the benchmark's rows, part by part: headings."""
+
+
+def _of_cpu(measured: Measured) -> str:
+    load = measured["machine"].get("load_at_start")
+    busy = "" if load is None else f"; load of the machine before: {load:.2g}"
+    parts = [f"{measured['machine']['processor']}, one thread{busy}."]
+    for part, head in ON_CPU.items():
+        rows = [row for row in measured["rows"] if row["part"] == part]
+        cells = [[row["name"], *(_cell(row[key]) for key in ("float32", "int8", "ratio"))] for row in rows]
         parts += [table([*head, "times as fast"], cells)] if cells else []
     return "\n\n".join(parts)
 

@@ -70,8 +70,10 @@ def test_the_page_says_what_was_measured(results: Results, tmp_path: Path) -> No
 def test_the_page_has_every_kernel_and_every_spill() -> None:
     cpu = {"part": "cpu", "name": "own", "float32": 40.0, "int8": 8.0, "ratio": 5.0}
     less = {"rows": [], "settings": {"device": None}, "machine": {"processor": "y"}}
-    text = report.page(FOUND, (13, 0), [less, {"rows": [cpu], "settings": {"device": None}, "machine": {"processor": "x"}}, less])
-    assert "x, one thread." in text
+    run = {"rows": [cpu], "settings": {"device": None}, "machine": {"processor": "x"}}
+    again = {**run, "machine": {"processor": "x", "load_at_start": 1.234}}
+    text = report.page(FOUND, (13, 0), [less, run, again])
+    assert "x, one thread." in text and "x, one thread; load of the machine before: 1.2." in text and "y, one" not in text
     assert "1 kernels for each of 7 architectures, 7 in all: none spills registers" in text
     assert f"| `one_float_4` |{' 40 / 128 |' * 7} 0 |" in text and "| own | 40 | 8 | 5 |" in text and "Not measured: no" in text
     assert "The bar is 5 times as fast.\n\nNot measured." in report.page(FOUND, (13, 0))
