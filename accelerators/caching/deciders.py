@@ -38,7 +38,7 @@ class Decider(Protocol):
         back: Blocks at the end that are always computed.
         proxy: What it looks at: "residual", the offset of the front blocks on the first stream; "modulated", what the first block's
             attention is given.
-        ahead: Whether it judges the proxy that the two steps before lead to, so that the device never waits for the host.
+        ahead: Whether it judges the proxy that the two steps before lead to, while the later of them still runs.
     """
 
     @property

@@ -19,7 +19,7 @@ from hasten.accelerators.caching.trace import Trace
 @dataclass(frozen=True)
 class FirstBlock:
     """A decider: it looks at activations, so at every step the host waits until the device has come there; with `ahead`, only until
-    it has come there in the step before, and the device never runs dry. Its recorded plan replays without.
+    it has come there in the step before, whose rest is still queued. Its recorded plan replays without.
 
     Attributes:
         threshold: Least relative L1 drift at which a row is computed (cache-dit's default for DBCache; FBCache on FLUX uses 0.05 to 0.12).

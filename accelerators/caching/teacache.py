@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[float, ...]] = {
 @dataclass(frozen=True)
 class TeaCache:
     """A decider: it looks at activations, so at every step the host waits until the device has come there; with `ahead`, only until
-    it has come there in the step before, and the device never runs dry. Its recorded plan replays without.
+    it has come there in the step before, whose rest is still queued. Its recorded plan replays without.
 
     Attributes:
         threshold: Estimated change at which a row is computed (published for FLUX: .25 for 1.5x, .4 for 1.8x, .6 for 2.0x, .8 for 2.25x).
